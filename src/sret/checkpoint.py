@@ -1,0 +1,132 @@
+"""Files that survive: weights with all that is needed to rebuild the model, and the state of a training run.
+
+A weights file is safetensors; its metadata says what the weights are (a `Card`). The state of a run is a `torch.save`
+file of tensors and plain values, read with `weights_only=True`. Both are written aside, synchronised and renamed, so
+that an interrupted save leaves the previous file whole.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sret.config import ModelConfig
+from sret.errors import InputError
+from sret.model import SReT
+from sret.preprocess import Preprocessing
+from sret.weights import load_strictly, read_pickle
+
+METADATA_KEY = "sret"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a weights file says of itself.
+
+    Attributes:
+        config: rebuilds the model.
+        preprocessing: what turns a picture into its input.
+        class_names: in the order of the logits; empty if unknown.
+        training: where the weights come from: data, epoch, metrics, versions, as plain values.
+    """
+
+    config: ModelConfig
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def name_of(self, label: int) -> str:
+        return self.class_names[label] if self.class_names else str(label)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Card":
+        values = json.loads(text)
+        return cls(
+            config=ModelConfig.from_dict(values["config"]),
+            preprocessing=Preprocessing(**values["preprocessing"]),
+            class_names=tuple(values["class_names"]),
+            training=values["training"],
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes aside, synchronises and renames: at every moment `path` is the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
+    """A safetensors file of the weights, each tensor once, with the card in its metadata."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
+    write_atomically(path, save(tensors, metadata={"format": "pt", METADATA_KEY: card.to_json()}))
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
+    """The model of a weights file, in evaluation mode, and its card.
+
+    Raises `InputError` for a file that is missing, truncated or not of `sret`.
+    """
+    card, state_dict = _read_safetensors(Path(path))
+    model = SReT(card.config)
+    try:
+        load_strictly(model, state_dict)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return model.eval(), card
+
+
+def load(path: str | os.PathLike[str]) -> SReT:
+    """The model of a weights file written by `sret train` or `sret convert`, in evaluation mode.
+
+    Raises `InputError` for a file that is missing, truncated or not of `sret`.
+    """
+    return load_weights(path)[0]
+
+
+def _read_safetensors(path: Path) -> tuple[Card, dict[str, Tensor]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
+        raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
+    if METADATA_KEY not in metadata:
+        raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
+    try:
+        return Card.from_json(metadata[METADATA_KEY]), state_dict
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """The state of a run: tensors and plain values."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote. Raises `InputError` for a file that is truncated or holds code."""
+    return read_pickle(path)

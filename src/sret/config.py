@@ -1,0 +1,178 @@
+"""What a model is made of: frozen dataclasses in which a wrong state cannot be written.
+
+Letters: C channels, N tokens, G slices. A *layer* is one pass of attention and MLP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast, get_args
+
+from sret.errors import InputError, nearest
+from sret.layers.permute import PermutationKind
+from sret.layers.stem import STEM_STRIDES
+
+POOL_STRIDE = 2  # between stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: distinct blocks, each applied once per entry of `groups`, a projection after every pass.
+
+    Attributes:
+        embed_dim: channels C.
+        num_heads: attention heads; a divisor of `embed_dim`.
+        num_blocks: distinct weight sets.
+        groups: slices in each pass of a block; its length is the number of passes. 1 is global attention.
+        mlp_ratio: hidden channels of the MLP over C.
+        projection_ratio: hidden channels of the non-linear projection over C; `None` leaves the projection out.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_blocks: int
+    groups: tuple[int, ...] = (1, 1)
+    mlp_ratio: float = 4.0
+    projection_ratio: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for name in ("embed_dim", "num_heads", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise InputError(
+                f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "
+                f"try {self.embed_dim // self.num_heads * self.num_heads or self.num_heads} channels"
+            )
+        if not self.groups:
+            raise InputError("groups is empty; give the number of slices of each pass, such as (1, 1) for two passes")
+        if min(self.groups) < 1:
+            raise InputError(f"groups {self.groups}: a pass has at least 1 slice")
+        for name in ("mlp_ratio", "projection_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and int(self.embed_dim * ratio) < 1:
+                raise InputError(f"{name} {ratio} leaves {self.embed_dim} channels without a hidden one")
+
+    @property
+    def num_passes(self) -> int:
+        """How often each block is applied."""
+        return len(self.groups)
+
+    @property
+    def depth(self) -> int:
+        """Layers executed per image."""
+        return self.num_blocks * self.num_passes
+
+    def check(self, num_tokens: int) -> None:
+        """Raises `InputError` if `num_tokens` cannot form the slices of some pass."""
+        for recursion, num_groups in enumerate(self.groups):
+            if num_groups > num_tokens:
+                raise InputError(
+                    f"groups {self.groups}, pass {recursion + 1}: {num_tokens} tokens cannot form {num_groups} slices; "
+                    f"try at most {num_tokens} slices, or a larger img_size"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model.
+
+    Attributes:
+        stages: one or more; the feature map is halved between them, and channels grow by an integer factor.
+        img_size: pixels, one number or (height, width). It sizes the position embedding; any size can be run.
+        in_chans: image channels.
+        num_classes: logits; 0 leaves the classifier out.
+        stem_stride: pixels per token of the first stage, 1, 2, 4 or 8.
+        learnable_residual: `False` fixes all residual coefficients at 1 (the ablation).
+        permutation: how sliced passes after the first reorder tokens: "random" or "strided" (no gather).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, growing linearly with depth towards this probability.
+        global_pool: "avg", or "" for an unpooled feature map (needs num_classes 0).
+    """
+
+    stages: tuple[StageConfig, ...]
+    img_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    stem_stride: int = 8
+    learnable_residual: bool = True
+    permutation: PermutationKind = "random"
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    global_pool: Literal["avg", ""] = "avg"
+
+    def __post_init__(self) -> None:
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        object.__setattr__(self, "img_size", size)
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise InputError("stages is empty; give at least one StageConfig")
+        if len(size) != 2 or min(size) < 1:
+            raise InputError(f"img_size {self.img_size} is not a number of pixels or (height, width)")
+        if self.in_chans < 1 or self.num_classes < 0:
+            raise InputError(f"in_chans {self.in_chans} must be at least 1, num_classes {self.num_classes} at least 0")
+        if self.stem_stride not in STEM_STRIDES:
+            raise InputError(f"stem_stride {self.stem_stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
+        if self.stages[0].embed_dim < 2:
+            raise InputError("the first stage needs at least 2 channels: the stem starts with half of them")
+        if self.permutation not in get_args(PermutationKind):
+            raise InputError(f"permutation {self.permutation!r} is not one of {', '.join(get_args(PermutationKind))}")
+        for name in ("drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is not a probability below 1")
+        if self.global_pool not in ("avg", "") or (self.global_pool == "" and self.num_classes):
+            raise InputError(
+                f"global_pool {self.global_pool!r} with {self.num_classes} classes; use 'avg', or '' with num_classes 0"
+            )
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.embed_dim % before.embed_dim:
+                raise InputError(
+                    f"a stage of {after.embed_dim} channels cannot follow one of {before.embed_dim}; "
+                    f"use a multiple of {before.embed_dim}"
+                )
+        self.check(self.input_size)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return cast(tuple[int, int], self.img_size)
+
+    @property
+    def depth(self) -> int:
+        """Layers executed per image."""
+        return sum(stage.depth for stage in self.stages)
+
+    def grids(self, img_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
+        """(height, width) in tokens of every stage, at `img_size` pixels or the configured size."""
+        height, width = img_size or self.input_size
+        strides = [self.stem_stride * POOL_STRIDE**i for i in range(len(self.stages))]
+        return [(-(-height // stride), -(-width // stride)) for stride in strides]
+
+    def check(self, img_size: tuple[int, int]) -> None:
+        """Raises `InputError` if some stage cannot be sliced at `img_size` pixels."""
+        for i, (stage, (height, width)) in enumerate(zip(self.stages, self.grids(img_size), strict=True)):
+            try:
+                stage.check(height * width)
+            except InputError as error:
+                raise InputError(f"stage {i + 1} at {img_size[0]}x{img_size[1]} pixels: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The config that `to_dict` wrote. Raises `InputError` naming unknown or missing fields."""
+        stages = values.get("stages")
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
+            raise InputError(f"stages must be a list of stage configurations, not {stages!r}")
+        known = _known_fields(cls, values)
+        return cls(**{**known, "stages": tuple(StageConfig(**_known_fields(StageConfig, s)) for s in stages)})
+
+
+def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in fields(cls)]
+    for name in values:
+        if name not in names:
+            raise InputError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+    return dict(values)

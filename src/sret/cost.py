@@ -1,0 +1,124 @@
+"""What a model costs, from the formula: parameters, multiply-adds and bytes, per stage and pass.
+
+A multiply-add is 2 FLOPs. Counted are convolutions, linear layers and both attention products; norms, activations,
+softmax, biases and additions are not, which is how the published figures are counted.
+"""
+
+from dataclasses import dataclass
+
+from sret.config import ModelConfig, StageConfig
+from sret.layers.attention import slice_lengths
+from sret.layers.stem import STEM_STRIDES
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and multiply-adds."""
+
+    num_groups: int
+    slice_length: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: tokens, parameters, multiply-adds (pool included) and the cost of each pass."""
+
+    grid: tuple[int, int]
+    parameters: int
+    macs: int
+    passes: tuple[PassCost, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """A whole model for one image."""
+
+    stages: tuple[StageCost, ...]
+    parameters: int
+    macs: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    @property
+    def bytes(self) -> int:
+        """Weights in float32."""
+        return 4 * self.parameters
+
+
+def model_cost(config: ModelConfig, img_size: tuple[int, int] | None = None) -> ModelCost:
+    """The cost of one image at `img_size` pixels (the configured size by default).
+
+    Raises `InputError` if the slices cannot be formed at that size.
+    """
+    size = img_size or config.input_size
+    config.check(size)
+    grids = config.grids(size)
+    stem_parameters, stem_macs = _stem(config, size)
+    dims = [None, *(stage.embed_dim for stage in config.stages)]
+    stages = tuple(
+        _stage(stage, grid, in_dim, config.learnable_residual)
+        for stage, grid, in_dim in zip(config.stages, grids, dims[:-1], strict=True)
+    )
+    dim = config.stages[-1].embed_dim
+    position = config.stages[0].embed_dim * _area(config.grids()[0])
+    head_parameters = 2 * dim + (dim + 1) * config.num_classes
+    return ModelCost(
+        stages=stages,
+        parameters=stem_parameters + position + sum(stage.parameters for stage in stages) + head_parameters,
+        macs=stem_macs + sum(stage.macs for stage in stages) + dim * config.num_classes,
+    )
+
+
+def _area(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1]
+
+
+def _stem(config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Parameters and multiply-adds of the three convolutions, BatchNorm's parameters included."""
+    dim = config.stages[0].embed_dim
+    channels = [config.in_chans, dim // 2, dim, dim]
+    parameters, macs, grid = 0, 0, size
+    for c_in, c_out, stride in zip(channels, channels[1:], STEM_STRIDES[config.stem_stride], strict=False):
+        grid = (-(-grid[0] // stride), -(-grid[1] // stride))
+        parameters += 9 * c_in * c_out + 3 * c_out
+        macs += 9 * c_in * c_out * _area(grid)
+    return parameters, macs
+
+
+def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, is_residual_learnable: bool) -> StageCost:
+    C, N = stage.embed_dim, _area(grid)
+    residual = 2 if is_residual_learnable else 0
+    hidden = int(C * stage.mlp_ratio)
+    projection_hidden = 0 if stage.projection_ratio is None else int(C * stage.projection_ratio)
+
+    def mlp(hidden: int) -> int:  # with its norm and residual
+        return 2 * C * hidden + hidden + C + 2 * C + residual
+
+    attention = 4 * C * C + 4 * C + 2 * C + residual
+    projection = mlp(projection_hidden) if projection_hidden else 0
+    passes = tuple(
+        PassCost(
+            num_groups=num_groups,
+            slice_length=slice_lengths(N, num_groups)[0][1],
+            macs=stage.num_blocks
+            * (
+                N * C * (4 * C + 2 * hidden + 2 * projection_hidden)
+                + 2 * C * sum(slices * length**2 for slices, length in slice_lengths(N, num_groups))
+            ),
+        )
+        for num_groups in stage.groups
+    )
+    pool_parameters, pool_macs = (10 * C, 9 * C * N) if in_dim else (0, 0)
+    return StageCost(
+        grid=grid,
+        parameters=stage.num_blocks * (attention + mlp(hidden) + stage.num_passes * projection) + pool_parameters,
+        macs=sum(cost.macs for cost in passes) + pool_macs,
+        passes=passes,
+    )

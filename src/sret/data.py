@@ -1,0 +1,207 @@
+"""Labelled pictures under one name: the embedded digits, or a folder with a sub-folder per class."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sret.errors import InputError, some
+from sret.preprocess import Augmentation, Preprocessing
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
+TEST_SHARE = 0.2  # of all pictures
+VAL_SHARE = 0.15  # of what the test split leaves
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures, as files or as PIL images, and their labels (indices into the class names)."""
+
+    images: Sequence[Path | Image.Image]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> "Samples":
+        return Samples([self.images[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: its splits ("train", "val", "test"; some may be missing), class names and normalisation."""
+
+    name: str
+    splits: dict[str, Samples]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    is_divided_here: bool = field(default=False)  # the splits are ours, not the folder's
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
+    @cached_property
+    def all(self) -> Samples:
+        """Every picture of every split."""
+        parts = self.splits.values()
+        return Samples([i for part in parts for i in part.images], [label for part in parts for label in part.labels])
+
+    def split(self, name: str) -> Samples:
+        """One split, or "all". Raises `InputError` naming those there are."""
+        if name == "all":
+            return self.all
+        if name not in self.splits:
+            raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Samples as (tensor, label). Augmentation of picture i in epoch e is a function of (seed, e, i) alone, whatever
+    the number of workers and however often training was interrupted; `set_epoch` moves it on."""
+
+    def __init__(
+        self, samples: Samples, preprocessing: Preprocessing, augmentation: Augmentation = "none", seed: int = 0
+    ) -> None:
+        self.samples = samples
+        self.preprocessing = preprocessing
+        self.transform = preprocessing.transform(augmentation)
+        self.is_augmented = augmentation != "none"
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.samples.images[index]
+        if isinstance(image, Path):
+            image = self.preprocessing.load(image)
+        if not self.is_augmented:
+            return self.transform(image), self.samples.labels[index]
+        with seeded((self.seed, self.epoch, index)):
+            return self.transform(image), self.samples.labels[index]
+
+
+@contextmanager
+def seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """Within this context Python's, NumPy's and torch's CPU generators start from `key`; afterwards they are as before.
+
+    Transforms of torchvision draw from torch, those of timm from all three.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def load_data(name: str) -> ImageData:
+    """The data set of that name: "digits", or the path of a folder of pictures.
+
+    A folder holds a sub-folder per class, or `train` and `val` (and `test`) folders that do. What a folder does not
+    divide is divided here, the same way every time: a stratified 20 % for testing, and 15 % of the rest to select on.
+
+    Raises `InputError` if there is no such data, or a class has too few pictures to divide.
+    """
+    if name == "digits":
+        return _digits()
+    root = Path(name)
+    if not root.is_dir():
+        raise InputError(f"no data {name!r}: give 'digits', or a folder with a sub-folder of pictures per class")
+    return _folder(root)
+
+
+def _digits() -> ImageData:
+    """1,797 handwritten digits, 8x8 grey pixels, that scikit-learn carries (UCI ML hand-written digits, test part)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # 17 levels, 0..16
+    samples = Samples([Image.fromarray(image) for image in pixels], [int(label) for label in bunch.target])
+    return ImageData(
+        name="digits",
+        splits=_divide(samples, "digits"),
+        class_names=tuple(str(digit) for digit in range(10)),
+        mean=(0.5,),
+        std=(0.5,),
+        crop_pct=1.0,
+        is_divided_here=True,
+    )
+
+
+def _folder(root: Path) -> ImageData:
+    folders = {split: root / name for split, names in SPLIT_FOLDERS.items() for name in names if (root / name).is_dir()}
+    if "train" not in folders and "val" not in folders:
+        class_names, samples = _read_classes(root)
+        splits, is_divided_here = _divide(samples, str(root)), True
+    else:
+        found = {split: _read_classes(folder) for split, folder in folders.items()}
+        first, (class_names, _) = next(iter(found.items()))
+        for split, (names, _) in found.items():
+            if names != class_names:
+                odd = sorted(set(names) ^ set(class_names))
+                raise InputError(f"{root}: {first} and {split} differ in their classes: {some(odd)}")
+        splits, is_divided_here = {split: samples for split, (_, samples) in found.items()}, False
+        if "train" in splits and "val" not in splits:
+            train, val = _hold_out(splits["train"], VAL_SHARE, str(root))
+            splits = {"train": train, "val": val, **{k: v for k, v in splits.items() if k != "train"}}
+    return ImageData(name=str(root), splits=splits, class_names=class_names, is_divided_here=is_divided_here)
+
+
+def _read_classes(folder: Path) -> tuple[tuple[str, ...], Samples]:
+    class_names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."))
+    if not class_names:
+        raise InputError(f"{folder}: no sub-folders; there should be one per class, with that class's pictures")
+    images: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(f"{folder / name}: no pictures; remove the folder, or put pictures of that class in it")
+        images += files
+        labels += [label] * len(files)
+    return class_names, Samples(images, labels)
+
+
+def _divide(samples: Samples, name: str) -> dict[str, Samples]:
+    rest, test = _hold_out(samples, TEST_SHARE, name)
+    train, val = _hold_out(rest, VAL_SHARE, name)
+    return {"train": train, "val": val, "test": test}
+
+
+def _hold_out(samples: Samples, share: float, name: str) -> tuple[Samples, Samples]:
+    """(the rest, a stratified random share): the same for the same samples, whatever the seed of a run."""
+    labels = np.asarray(samples.labels)
+    generator = np.random.Generator(np.random.PCG64(0))
+    rest: list[int] = []
+    held: list[int] = []
+    for label in np.unique(labels):
+        indices = generator.permutation(np.flatnonzero(labels == label))
+        count = max(1, round(share * len(indices)))
+        if count == len(indices):
+            raise InputError(f"{name}: class number {label} has {len(indices)} picture(s), too few to hold some out")
+        held += indices[:count].tolist()
+        rest += indices[count:].tolist()
+    return samples.take(sorted(rest)), samples.take(sorted(held))

@@ -1,0 +1,40 @@
+"""The transformer block whose weights a recursion shares: sliced attention, then an MLP.
+
+    x <- a1 x + a2 SlicedAttention(LN(x))
+    x <- a3 x + a4 MLP(LN(x))
+
+Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297.
+"""
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from sret.layers.attention import SlicedAttention
+from sret.layers.permute import Permutation
+from sret.layers.projection import LAYER_NORM_EPS
+from sret.layers.residual import LearnableResidual
+
+
+class Block(nn.Module):
+    """Both halves with learnable residuals; `drop_prob` is one stochastic-depth rate for all passes."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_prob: float = 0.0,
+        is_residual_learnable: bool = True,
+    ) -> None:
+        super().__init__()
+
+        def residual(branch: nn.Module) -> LearnableResidual:
+            return LearnableResidual(branch, nn.LayerNorm(dim, LAYER_NORM_EPS), drop_prob, is_residual_learnable)
+
+        self.attn = residual(SlicedAttention(dim, num_heads))
+        self.mlp = residual(Mlp(dim, int(dim * mlp_ratio)))
+
+    def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C): one pass."""
+        x = self.attn(x, num_groups, permutation)
+        return self.mlp(x)

@@ -1,0 +1,23 @@
+"""NLL, the non-linear projection between passes: what keeps repeated passes of one block from collapsing.
+
+    x <- b1 x + b2 MLP(LN(x))
+
+Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, non-linear projection layer.
+Every pass has its own; nothing of it is shared.
+"""
+
+from timm.layers import Mlp
+from torch import nn
+
+from sret.layers.residual import LearnableResidual
+
+LAYER_NORM_EPS = 1e-6
+
+
+class NonLinearProjection(LearnableResidual):
+    """(B, N, C) -> (B, N, C), with int(C x ratio) hidden channels and an exact GELU."""
+
+    def __init__(self, dim: int, ratio: float = 1.0, is_residual_learnable: bool = True) -> None:
+        super().__init__(
+            Mlp(dim, int(dim * ratio)), norm=nn.LayerNorm(dim, LAYER_NORM_EPS), is_learnable=is_residual_learnable
+        )

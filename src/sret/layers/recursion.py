@@ -1,0 +1,46 @@
+"""Recursion: one block applied R times, each pass followed by a projection of its own.
+
+    for r = 1..R:   x <- projection_r(block(x; groups_r, permutation_r))
+
+Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297. The authors' code is right only
+for R = 2; here `groups` has one entry per pass, and its length is R.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sret.errors import InputError
+from sret.layers.block import Block
+from sret.layers.permute import Permutation
+
+
+class Recursion(nn.Module):
+    """A shared block, the number of slices of each pass, and a projection after each pass.
+
+    Args:
+        block: the shared weights, held once.
+        groups: slices per pass; its length is the number of passes.
+        projections: one module per pass; `nn.Identity()` leaves a projection out (the ablation).
+    """
+
+    def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not groups or len(groups) != len(projections):
+            raise InputError(f"{len(groups)} passes (at least one) need as many projections, not {len(projections)}")
+        self.block = block
+        self.groups = tuple(groups)
+        self.projections = nn.ModuleList(projections)
+
+    def is_permuted(self, recursion: int) -> bool:
+        """Whether pass number `recursion` (from 0) permutes its tokens: every sliced pass but the first."""
+        return recursion > 0 and self.groups[recursion] > 1
+
+    def forward(self, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
+        """(B, N, C) -> (B, N, C); `permutations` has one entry per pass, `None` for raster order."""
+        for num_groups, permutation, projection in zip(self.groups, permutations, self.projections, strict=True):
+            x = projection(self.block(x, num_groups, permutation))
+        return x
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}"

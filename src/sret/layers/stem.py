@@ -1,0 +1,49 @@
+"""Convolutions around the transformer: the stem that makes tokens, and the pool between stages.
+
+Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297; the pool follows Heo et al.,
+"Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021, arXiv:2103.16302.
+"""
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from sret.errors import InputError
+
+# Strides of the three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
+STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
+
+
+class ConvStem(nn.Module):
+    """(B, in_chans, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)): three 3x3 convolutions to C/2, C, C channels,
+    each followed by BatchNorm and ReLU."""
+
+    def __init__(self, in_chans: int, embed_dim: int, stride: int = 8) -> None:
+        super().__init__()
+        if stride not in STEM_STRIDES:
+            raise InputError(f"stem_stride {stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
+        first, second, third = STEM_STRIDES[stride]
+        mid = embed_dim // 2
+        self.conv1 = nn.Conv2d(in_chans, mid, 3, first, padding=1)
+        self.bn1 = nn.BatchNorm2d(mid)
+        self.conv2 = nn.Conv2d(mid, embed_dim, 3, second, padding=1)
+        self.bn2 = nn.BatchNorm2d(embed_dim)
+        self.conv3 = nn.Conv2d(embed_dim, embed_dim, 3, third, padding=1)
+        self.bn3 = nn.BatchNorm2d(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        return relu(self.bn3(self.conv3(x)))
+
+
+class ConvPool(nn.Module):
+    """(B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2)): a 3x3 depth-wise convolution; C' is a multiple of C."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        if out_dim % in_dim:
+            raise InputError(f"a stage of {out_dim} channels cannot follow one of {in_dim}; use a multiple of {in_dim}")
+        self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, groups=in_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)

@@ -1,0 +1,85 @@
+"""From a picture to the tensor a model takes: what a checkpoint must remember so that prediction equals evaluation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torchvision import transforms
+
+from sret.errors import InputError
+
+Augmentation = Literal["none", "affine", "crop"]
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, centre crop, scale to 0..1, normalise.
+
+    Attributes:
+        img_size: (height, width) in pixels after the crop.
+        mean, std: per channel, on the scale 0..1; their length is the number of channels, 1 (grey) or 3 (RGB).
+        crop_pct: share of the resized picture that the crop keeps.
+    """
+
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
+            raise InputError(f"pictures have 1 or 3 channels, not {len(self.mean)} means and {len(self.std)} stds")
+
+    def load(self, path: Path) -> Image.Image:
+        """The picture in a file, with this many channels. Raises `InputError` naming a file that is no picture."""
+        try:
+            with Image.open(path) as image:
+                return image.convert(_MODES[len(self.mean)])
+        except Image.DecompressionBombError as error:
+            raise InputError(f"{path}: too large a picture ({error})") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = "no such file" if not path.exists() else "not a picture that can be read"
+            raise InputError(f"{path}: {reason}") from error
+
+    def transform(self, augmentation: Augmentation = "none") -> "transforms.Compose":
+        """PIL image -> (channels, height, width) float32.
+
+        "affine" turns up to 12 degrees, shifts up to 8 % and scales by 0.9 to 1.1 (for pictures that fill the frame
+        and have a right way up, like digits); "crop" is a random resized crop with horizontal flip (for photos).
+        """
+        if augmentation == "affine":
+            return transforms.Compose(
+                [
+                    transforms.Resize(self.img_size, transforms.InterpolationMode(self.interpolation)),
+                    transforms.RandomAffine(
+                        degrees=12,
+                        translate=(0.08, 0.08),
+                        scale=(0.9, 1.1),
+                        interpolation=transforms.InterpolationMode.BILINEAR,
+                    ),
+                    transforms.ToTensor(),
+                    transforms.Normalize(self.mean, self.std),
+                ]
+            )
+        return create_transform(
+            (len(self.mean), *self.img_size),
+            is_training=augmentation == "crop",
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            color_jitter=0.0,
+        )
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) as the model takes it -> the same in 0..1, for showing."""
+        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (x * std + mean).clamp(0, 1)

@@ -1,0 +1,81 @@
+"""The named models as timm knows them: `import sret; timm.create_model("sret_t", pretrained=True)`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import nn
+
+from sret import weights
+from sret.config import ModelConfig
+from sret.errors import InputError, nearest
+from sret.model import SReT
+from sret.variants import CONFIGS, RELEASES, Release, config_of
+
+
+def _default_cfg(name: str, release: Release) -> dict[str, Any]:
+    config = config_of(name)
+    height, width = config.input_size
+    return {
+        "url": weights.drive_url(release.drive_id),
+        "num_classes": 1000,
+        "input_size": (3, height, width),
+        "pool_size": config.grids()[-1],
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head",
+        "origin_url": "https://github.com/szq0214/SReT",
+        "paper_ids": "arXiv:2111.05297",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _default_cfg(name, release) for name, release in RELEASES.items()})
+
+
+def _build(cfg: ModelConfig, **kwargs: Any) -> SReT:
+    names = list(cfg.to_dict())
+    for name in kwargs:
+        if name not in names:
+            raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+    return SReT(replace(cfg, **kwargs))
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """What timm's entry points do, with the authors' files read by `sret.weights` instead of timm's loader."""
+    source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    path: Path | str | None = source.file
+    if pretrained and not path and not source.state_dict and weights.is_drive_url(source.url):
+        path = weights.fetch(str(source.url))
+    num_stages = len(CONFIGS[variant].stages)
+    is_backbone = kwargs.get("features_only", False)
+    model = build_model_with_cfg(
+        _build,
+        variant,
+        pretrained and not path,
+        model_cfg=CONFIGS[variant],
+        feature_cfg={"out_indices": tuple(range(num_stages)), "feature_cls": "getter"},
+        **kwargs,
+    )
+    if pretrained and path:
+        net = model.model if is_backbone else model
+        assert isinstance(net, SReT)
+        weights.load_pretrained(net, weights.read(path, CONFIGS[variant]))
+    return model
+
+
+def _register(variant: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    entrypoint.__doc__ = f"{variant}, see `sret info {variant}`."
+    register_model(entrypoint)
+
+
+for _variant in CONFIGS:
+    _register(_variant)
