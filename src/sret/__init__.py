@@ -4,6 +4,7 @@ Importing `sret` registers the published models with timm: `timm.create_model("s
 """
 
 from sret import layers, registry, weights
+from sret.checkpoint import load
 from sret.config import ModelConfig, StageConfig
 from sret.cost import model_cost
 from sret.errors import InputError
@@ -18,6 +19,7 @@ __all__ = [
     "SReT",
     "StageConfig",
     "layers",
+    "load",
     "load_official",
     "model_cost",
     "registry",

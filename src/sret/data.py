@@ -89,9 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.samples.images[index]
-        if isinstance(image, Path):
-            image = self.preprocessing.load(image)
+        image = self.preprocessing.load(self.samples.images[index])
         if not self.is_augmented:
             return self.transform(image), self.samples.labels[index]
         with seeded((self.seed, self.epoch, index)):

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from sret.checkpoint import Card
+from sret.data import ImageData, ImageDataset, load_data
+from sret.errors import InputError, some
+from sret.model import SReT
 
 
 @dataclass(frozen=True)
@@ -34,3 +41,51 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], acceler
     model.train(was_training)
     top1, top5, loss, count = sums.tolist()
     return Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=int(count))
+
+
+def evaluate_on(
+    model: SReT,
+    card: Card,
+    data_name: str | None = None,
+    split: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> tuple[Metrics, str, str]:
+    """A checkpoint's metrics on a data set, with the names of the data and of the split they are over.
+
+    Args:
+        data_name: as `load_data` takes it; by default the data the checkpoint was trained on.
+        split: by default "test", "val" where there is none, and "all" of a folder that is not divided and that the
+            checkpoint was not trained on.
+
+    Raises `InputError` if the data's classes are not the checkpoint's.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    trained_on = card.training.get("recipe", {}).get("data")
+    if data_name is None and trained_on is None:
+        raise InputError("this checkpoint does not say what it was trained on; name the pictures with --data")
+    data = load_data(data_name or trained_on)
+    _check_classes(card, data)
+    if split is None:
+        is_foreign = data.is_divided_here and not _is_same(data.name, trained_on)
+        split = "all" if is_foreign else "test" if "test" in data.splits else "val"
+    accelerator = Accelerator()
+    loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)
+    net, loader = accelerator.prepare(model, loader)
+    return evaluate(net, loader, accelerator), data.name, split
+
+
+def _is_same(name: str, trained_on: str | None) -> bool:
+    return trained_on is not None and (name == trained_on or Path(name).resolve() == Path(trained_on).resolve())
+
+
+def _check_classes(card: Card, data: ImageData) -> None:
+    if card.config.num_classes != len(data.class_names):
+        raise InputError(
+            f"the checkpoint knows {card.config.num_classes} classes, {data.name} has {len(data.class_names)}; "
+            "give data with the same classes"
+        )
+    if card.class_names and card.class_names != data.class_names:
+        pairs = [f"{a!r}, not {b!r}" for a, b in zip(data.class_names, card.class_names, strict=True) if a != b]
+        raise InputError(f"{data.name} has other classes than the checkpoint: {some(pairs)}")

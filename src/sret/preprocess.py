@@ -38,16 +38,18 @@ class Preprocessing:
         if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
             raise InputError(f"pictures have 1 or 3 channels, not {len(self.mean)} means and {len(self.std)} stds")
 
-    def load(self, path: Path) -> Image.Image:
-        """The picture in a file, with this many channels. Raises `InputError` naming a file that is no picture."""
-        try:
-            with Image.open(path) as image:
-                return image.convert(_MODES[len(self.mean)])
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{path}: too large a picture ({error})") from error
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = "no such file" if not path.exists() else "not a picture that can be read"
-            raise InputError(f"{path}: {reason}") from error
+    def load(self, picture: Path | Image.Image) -> Image.Image:
+        """A picture, or the one in a file, with this many channels; transparent parts turn white.
+
+        Raises `InputError` naming a file that is no picture.
+        """
+        if isinstance(picture, Path):
+            picture = _read(picture)
+        mode = _MODES[len(self.mean)]
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert(mode)
 
     def transform(self, augmentation: Augmentation = "none") -> "transforms.Compose":
         """PIL image -> (channels, height, width) float32.
@@ -83,3 +85,15 @@ class Preprocessing:
         """(B, C, H, W) as the model takes it -> the same in 0..1, for showing."""
         mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return (x * std + mean).clamp(0, 1)
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: too large a picture ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not a picture that can be read" if path.exists() else "no such file"
+        raise InputError(f"{path}: {reason}") from error

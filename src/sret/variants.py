@@ -102,7 +102,7 @@ def config_of(name: str) -> ModelConfig:
     """The configuration of a variant, tag or no tag. Raises `InputError` with the nearest name if there is none."""
     variant, _, tag = name.partition(".")
     if variant not in CONFIGS:
-        raise InputError(f"unknown model {name!r}{nearest(variant, CONFIGS)}; known: {', '.join(CONFIGS)}")
+        raise InputError(f"unknown model {name!r} (known: {', '.join(CONFIGS)}){nearest(variant, CONFIGS)}")
     if tag and name not in RELEASES:
         tags = [release.partition(".")[2] for release in RELEASES if release.startswith(f"{variant}.")]
         raise InputError(f"{variant} has no weights tagged {tag!r}{nearest(tag, tags)}; it has {', '.join(tags)}")

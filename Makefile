@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first if it is missing or outdated.
+PYTHON ?= python3
+RUN ?= runs/digits
+DEMO_ARGS ?=
+BIN := .venv/bin
+# Debian keeps this part of Python in a package of its own; root may install it, others are told how.
+INSTALL_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "$(notdir $(PYTHON))-venv"; }
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/sret train --config recipes/digits.yaml --out "$(RUN)" --resume auto $(DEMO_ARGS)
+	@echo
+	@echo "Accuracy on the test pictures, which neither training nor the choice of weights has seen:"
+	$(BIN)/sret eval --checkpoint "$(RUN)/best.safetensors"
+	@echo
+	@echo "Some of them, one by one (the file's name says what was written):"
+	$(BIN)/sret predict examples/digits/*.png --checkpoint "$(RUN)/best.safetensors"
+	@echo
+	@echo "Left in $(RUN):" && ls "$(RUN)"
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# `ready` is written last, so that an interrupted installation is started again.
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sret needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(INSTALL_VENV) || \
+	  { echo "$(PYTHON) cannot make virtual environments; run: sudo apt install $(notdir $(PYTHON))-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch .venv/ready
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,353 @@
+"""The command line: sret train | eval | predict | info | convert.
+
+Whatever a user can cause ends in one line on standard error and exit code 2; `predict` answers for the pictures it can
+read and exits with 1 if there were others.
+"""
+
+import json
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sret.config import ModelConfig, StageConfig
+from sret.cost import model_cost
+from sret.errors import InputError, nearest
+from sret.recipe import TrainConfig
+from sret.variants import CONFIGS, RELEASES, config_of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 (`predict`, some pictures unread), 2 (wrong input) or 130."""
+    warnings.showwarning = lambda message, *_, **__: print(f"sret: warning: {message}", file=sys.stderr)
+    parser = _parser()
+    try:
+        try:
+            arguments = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)])
+        except ArgumentError as error:
+            raise InputError(_brief(str(error))) from error
+        return COMMANDS[arguments.subcommand].run(arguments[arguments.subcommand])
+    except (InputError, OSError) as error:
+        print(f"sret: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"sret: error: this command needs {error.name}; run: pip install 'sret[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sret: interrupted; a run goes on with --resume auto from its last completed epoch", file=sys.stderr)
+        return 130
+
+
+# train ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="a recipe in YAML; later options override its fields")
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_argument("--out", type=Path, required=True, help="the folder that receives the run")
+    parser.add_argument("--resume", type=Literal["auto"] | None, help="auto: continue the run in --out if there is one")
+    parser.add_argument("--max_steps", type=int | None, help="stop after this many optimizer steps in all")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load pictures")
+
+
+def _train(arguments: Namespace) -> int:
+    from sret.train import train
+
+    try:
+        recipe = TrainConfig(**{field.name: _instantiated(arguments)[field.name] for field in fields(TrainConfig)})
+    except InputError:
+        raise
+    except ValueError as error:  # jsonargparse's words around an InputError of a nested dataclass
+        raise InputError(_brief(str(error))) from error
+    train(recipe, arguments.out, arguments.resume, arguments.max_steps, arguments.num_workers)
+    return 0
+
+
+def _instantiated(arguments: Namespace) -> Namespace:
+    parser = ArgumentParser(exit_on_error=False)
+    _add_train(parser)
+    return parser.instantiate(arguments)
+
+
+# eval ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_eval(parser: ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
+    parser.add_argument("--data", type=str | None, help="'digits' or a folder; by default what it was trained on")
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "val", "test", "all"] | None,
+        help="by default the pictures held out for testing, or all of an undivided folder it was not trained on",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="pictures at a time; the result does not depend on it"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load pictures")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _eval(arguments: Namespace) -> int:
+    from sret.checkpoint import load_weights
+    from sret.evaluate import evaluate_on
+
+    model, card = load_weights(arguments.checkpoint)
+    metrics, data, split = evaluate_on(
+        model, card, arguments.data, arguments.split, arguments.batch_size, arguments.num_workers
+    )
+    if arguments.json:
+        print(json.dumps({"checkpoint": str(arguments.checkpoint), "data": data, "split": split, **asdict(metrics)}))
+    else:
+        print(
+            f"{data}, {split}: {metrics.count:,} pictures, top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, "
+            f"loss {metrics.loss:.4f}"
+        )
+    return 0
+
+
+# predict -------------------------------------------------------------------------------------------------------------
+
+
+def _add_predict(parser: ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
+    parser.add_argument("--top_k", type=int, default=3, help="classes per picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per picture instead")
+
+
+def _predict(arguments: Namespace) -> int:
+    from sret.checkpoint import load_weights
+    from sret.predict import predict
+
+    model, card = load_weights(arguments.checkpoint)
+    exit_code = 0
+    for prediction in predict(model, card, arguments.images, arguments.top_k):
+        if prediction.error:
+            exit_code = 1
+            print(f"sret: error: {prediction.error}", file=sys.stderr)
+        elif arguments.json:
+            print(json.dumps({"image": str(prediction.path), "classes": dict(prediction.classes)}))
+        else:
+            classes = "   ".join(f"{name} {100 * probability:5.1f} %" for name, probability in prediction.classes)
+            print(f"{prediction.path}:   {classes}")
+    return exit_code
+
+
+# info ----------------------------------------------------------------------------------------------------------------
+
+
+def _add_info(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", type=str | None, help="a variant such as sret_t, or a checkpoint")
+    parser.add_argument("--img_size", type=int | tuple[int, int] | None, help="pixels, or [height,width]")
+
+
+def _info(arguments: Namespace) -> int:
+    console = Console(highlight=False)
+    size = (arguments.img_size,) * 2 if isinstance(arguments.img_size, int) else arguments.img_size
+    if arguments.model is None:
+        console.print(_variants_table(size))
+        console.print(
+            "MACs: multiply-adds for one picture. Slices: of the first / later pass, stage by stage.\n"
+            "Top-1: ImageNet-1K, %, [distilled], as the authors published it; not reproduced here.",
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        _print_model(console, arguments.model, size)
+    return 0
+
+
+def _variants_table(size: tuple[int, int] | None) -> Table:
+    table = _table("model", "pixels", "parameters", "MACs", "slices", "top-1")
+    for name, config in CONFIGS.items():
+        cost = model_cost(config, size)
+        height, width = size or config.input_size
+        first, later = ("-".join(str(stage.groups[i]) for stage in config.stages) for i in (0, -1))
+        table.add_row(
+            name,
+            str(height) if height == width else f"{height}x{width}",
+            f"{cost.parameters:,}",
+            f"{cost.macs / 1e9:.2f} G",
+            "none" if {first, later} == {"1-1-1"} else f"{first} / {later}",
+            _published(name),
+        )
+    return table
+
+
+def _table(*columns: str, justify: Literal["left", "right"] = "left") -> Table:
+    """A table that fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, justify=justify, no_wrap=True)
+    return table
+
+
+def _published(variant: str) -> str:
+    def top1(tag: str) -> str:
+        release = RELEASES.get(f"{variant}.{tag}")
+        return f"{release.top1:.1f}" if release else ""
+
+    distilled = f"[{top1('dist_in1k')}]" if top1("dist_in1k") else ""
+    return f"{top1('in1k')} {distilled}".strip().replace("[", r"\[")
+
+
+def _print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
+    if Path(name).suffix == ".safetensors" or Path(name).is_file():
+        from sret.checkpoint import load_weights
+
+        config = load_weights(name)[1].config
+    else:
+        config = config_of(name)
+    cost = model_cost(config, size)
+    height, width = size or config.input_size
+    console.print(
+        f"{name} at {height}x{width}: {cost.parameters:,} parameters ({cost.bytes / 2**20:.1f} MiB in float32), "
+        f"{cost.macs / 1e9:.3f} G multiply-adds ({cost.flops / 1e9:.3f} GFLOPs), {config.depth} layers",
+        soft_wrap=True,
+    )
+    table = _table(
+        "stage",
+        "tokens",
+        "dim",
+        "heads",
+        "blocks",
+        "parameters",
+        "pass",
+        "slices",
+        "tokens each",
+        "MACs",
+        justify="right",
+    )
+    for i, (stage, stage_cost) in enumerate(zip(config.stages, cost.stages, strict=True)):
+        for j, pass_cost in enumerate(stage_cost.passes):
+            rows, columns = stage_cost.grid
+            whole = (
+                str(i + 1),
+                f"{rows}x{columns}",
+                str(stage.embed_dim),
+                str(stage.num_heads),
+                str(stage.num_blocks),
+                f"{stage_cost.parameters:,}",
+            )
+            table.add_row(
+                *(whole if j == 0 else [""] * len(whole)),
+                str(j + 1),
+                str(pass_cost.num_groups),
+                str(pass_cost.slice_length),
+                f"{pass_cost.macs / 1e6:.0f} M",
+                end_section=j == stage.num_passes - 1,
+            )
+    console.print(table)
+    for tag, release in RELEASES.items():
+        if tag == name or tag.startswith(f"{name}."):
+            console.print(f"{tag}: {release.top1:.1f} % top-1 on ImageNet-1K as published ({release.official})")
+
+
+# convert -------------------------------------------------------------------------------------------------------------
+
+
+def _add_convert(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, metavar="IN", help="a file, or a published name such as sret_t.dist_in1k")
+    parser.add_argument(
+        "target", type=Path, metavar="OUT", help="FILE.safetensors, or FILE.pth for the authors' format"
+    )
+    parser.add_argument("--variant", type=str | None, help="which model IN is, where its file name does not tell")
+
+
+def _convert(arguments: Namespace) -> int:
+    from sret.convert import convert
+
+    print(convert(arguments.source, arguments.target, arguments.variant))
+    return 0
+
+
+# parsing -------------------------------------------------------------------------------------------------------------
+
+
+class _Command:
+    def __init__(
+        self, description: str, add_arguments: Callable[[ArgumentParser], None], run: Callable[[Namespace], int]
+    ) -> None:
+        self.description, self.add_arguments, self.run = description, add_arguments, run
+
+
+COMMANDS = {
+    "train": _Command("train a model by a recipe", _add_train, _train),
+    "eval": _Command("accuracy of a checkpoint on labelled pictures", _add_eval, _eval),
+    "predict": _Command("say what pictures show", _add_predict, _predict),
+    "info": _Command("the published models, or one model in detail", _add_info, _info),
+    "convert": _Command("the authors' checkpoints into safetensors, and back", _add_convert, _convert),
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="sret", exit_on_error=False, allow_abbrev=False, description=__doc__.splitlines()[0])
+    subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.description)
+        command.add_arguments(subparser)
+        subcommands.add_subcommand(name, subparser, help=command.description)
+    return parser
+
+
+def _with_underscores(argument: str) -> str:
+    """`--max-steps=3` means `--max_steps=3`."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+_UNKNOWN = re.compile(
+    r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: -*([^\s=]+)"
+)
+_NOISE = re.compile(
+    r"Does not validate against any|Subtypes:|Errors:|Problem with given class_path|Given value type:"
+    r"|- Expected a <class 'str'>|Parser key \"[^\"]+\":$"
+)
+
+
+def _brief(message: str) -> str:
+    """jsonargparse's message, several lines and a dump of all values, as what was wrong and what would work."""
+    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    if unknown := _UNKNOWN.search(message):
+        name = next(filter(None, unknown.groups()))
+        known = [field.name for kind in (TrainConfig, ModelConfig, StageConfig) for field in fields(kind)]
+        known += [
+            "out",
+            "resume",
+            "max_steps",
+            "num_workers",
+            "config",
+            "checkpoint",
+            "data",
+            "split",
+            "top_k",
+            "img_size",
+        ]
+        where = f" in {path}" if path else ""
+        return f"unknown option {name!r}{where}{nearest(name.rpartition('.')[2], known)}"
+    if choice := re.search(r"invalid choice: '([^']*)'", message):
+        return f"unknown command {choice[1]!r}{nearest(choice[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
+    if 'expected "subcommand"' in message:
+        return f"name a command: {', '.join(COMMANDS)}; `sret COMMAND --help` says more"
+    if required := re.search(r"the following arguments are required: (.*)", message):
+        names = [name.rpartition(".")[2] for name in required[1].split(", ")]
+        return f"missing {', '.join(names)}{f' in {path}' if path else ''}"
+    given = re.search(r"Given value: (.*)", message)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
+    kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
+    text = re.sub(r"<class '(\w+)'>", r"\1", "; ".join(kept)).replace("typing.", "")
+    suffix = f" (given {given[1]})" if given and "Expected" in text and "Got" not in text else ""
+    return f"{path}: {text}{suffix}" if path else f"{text}{suffix}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Files of the authors' release into ours and back."""
+
+import io
+from pathlib import Path
+
+import torch
+from timm.models import get_pretrained_cfg
+
+from sret.checkpoint import Card, load_weights, save_weights, write_atomically
+from sret.errors import InputError
+from sret.model import SReT
+from sret.preprocess import Preprocessing
+from sret.variants import RELEASES, config_of
+from sret.weights import drive_url, fetch, load_official, to_official
+
+
+def convert(source: str, target: Path, variant: str | None = None) -> str:
+    """Converts a checkpoint and returns a line that says what was written.
+
+    Args:
+        source: one of the authors' files or a published name (then fetched); or, for a `.pth` target, a file of ours.
+        target: a new file, `.safetensors` for ours or `.pth` for the authors' format.
+        variant: which model the authors' file is; by default told from its shapes and name.
+
+    Raises `InputError` if the source cannot be read or the target exists.
+    """
+    if target.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{target}: OUT ends in .safetensors (ours) or .pth (the authors' format)")
+    if target.exists():
+        raise InputError(f"{target} exists already; remove it, or name another file")
+    if target.suffix == ".pth":
+        model, card = load_weights(source)
+        buffer = io.BytesIO()
+        torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
+        write_atomically(target, buffer.getvalue())
+    else:
+        path = Path(source)
+        if not path.exists() and source in RELEASES:
+            path, variant = fetch(drive_url(RELEASES[source].drive_id)), source.partition(".")[0]
+        if variant is not None:
+            config_of(variant)
+        model = load_official(path, variant)
+        save_weights(target, model.state_dict(), imagenet_card(model, source))
+    size = target.stat().st_size / 2**20
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{target}: {parameters:,} parameters, {model.num_classes} classes, {size:.1f} MiB"
+
+
+def imagenet_card(model: SReT, source: str) -> Card:
+    """The card of one of the authors' checkpoints: their preprocessing, and where the file came from."""
+    cfg = get_pretrained_cfg("sret_t")
+    assert cfg is not None
+    return Card(
+        config=model.config,
+        preprocessing=Preprocessing(
+            img_size=model.config.input_size,
+            mean=cfg.mean,
+            std=cfg.std,
+            crop_pct=cfg.crop_pct,
+            interpolation=cfg.interpolation,
+        ),
+        training={"converted_from": Path(source).name},
+    )

@@ -1,0 +1,39 @@
+"""Small models and settings shared by the tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sret import ModelConfig, SReT, StageConfig
+
+DATA = Path(__file__).parent / "data"
+
+
+def small_config(**changes: object) -> ModelConfig:
+    """Three narrow stages for 64-pixel images with slices in both passes of two of them."""
+    stages = tuple(
+        StageConfig(embed_dim=8 * heads, num_heads=heads, num_blocks=blocks, groups=groups, mlp_ratio=2.0)
+        for heads, blocks, groups in ((2, 1, (8, 2)), (4, 2, (4, 2)), (8, 1, (1, 1)))
+    )
+    return ModelConfig(**{"stages": stages, "img_size": 64, "num_classes": 10, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return small_config()
+
+
+@pytest.fixture
+def model(config: ModelConfig) -> SReT:
+    return SReT(config).eval()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64)

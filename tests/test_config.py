@@ -1,0 +1,103 @@
+import json
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+from conftest import small_config
+
+import sret
+from sret import InputError, ModelConfig, SReT, StageConfig
+from sret.recipe import TrainConfig
+
+
+def stage(**changes: object) -> StageConfig:
+    return StageConfig(**{"embed_dim": 16, "num_heads": 2, "num_blocks": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"embed_dim": 17}, "embed_dim 17 cannot form 2 equal heads; try 16"),
+        ({"groups": ()}, "groups is empty"),
+        ({"groups": (4, 0)}, "at least 1 slice"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 leaves 16 channels without"),
+        ({"projection_ratio": 0.0}, "projection_ratio 0.0 leaves"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        stage(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ()}, "stages is empty"),
+        ({"stages": (stage(), stage(embed_dim=24))}, "24 channels cannot follow one of 16; use a multiple of 16"),
+        ({"stages": (stage(groups=(65, 1)),)}, "64 tokens cannot form 65 slices; try at most 64 slices"),
+        ({"img_size": 0}, "img_size"),
+        ({"img_size": (64, 64, 64)}, "img_size"),
+        ({"stem_stride": 3}, "stem_stride 3 is not one of 8, 4, 2, 1"),
+        ({"permutation": "shuffled"}, "permutation 'shuffled' is not one of random, strided"),
+        ({"drop_path_rate": 1.0}, "not a probability below 1"),
+        ({"num_classes": -1}, "num_classes -1"),
+        ({"in_chans": 0}, "in_chans 0"),
+        ({"global_pool": ""}, "use 'avg', or '' with num_classes 0"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        small_config(**changes)
+
+
+def test_an_error_names_stage_pass_and_size():
+    with pytest.raises(InputError, match=r"stage 2 at 8x8 pixels: groups \(4, 2\), pass 1: 1 tokens cannot form 4"):
+        small_config().check((8, 8)) if False else replace(
+            small_config(), img_size=8, stages=(stage(groups=(1,)), stage(groups=(4, 2)))
+        )
+
+
+def test_a_config_is_frozen_and_hashable():
+    config = small_config()
+    with pytest.raises(FrozenInstanceError):
+        config.img_size = 3
+    assert hash(config) == hash(small_config())
+
+
+def test_lists_and_one_number_are_normalised():
+    assert stage(groups=[8, 2]) == stage(groups=(8, 2))
+    assert small_config(img_size=64) == small_config(img_size=[64, 64])
+
+
+def test_a_config_survives_json():
+    config = small_config(img_size=(64, 96), permutation="strided", drop_path_rate=0.1)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_fields_are_named_with_the_nearest():
+    with pytest.raises(InputError, match="no field 'image_size'; did you mean 'img_size'"):
+        ModelConfig.from_dict({**small_config().to_dict(), "image_size": 3})
+    values = small_config().to_dict()
+    values["stages"][0]["num_head"] = 2
+    with pytest.raises(InputError, match="StageConfig has no field 'num_head'; did you mean 'num_heads'"):
+        ModelConfig.from_dict(values)
+    with pytest.raises(InputError, match="stages must be a list"):
+        ModelConfig.from_dict({"stages": 3})
+
+
+@pytest.mark.parametrize("size", [(224, 224), (232, 232), (256, 192), (96, 96), (33, 65)])
+def test_grids_are_those_the_model_makes(size):
+    import torch
+
+    config = small_config()
+    maps = SReT(config).eval().forward_intermediates(torch.zeros(1, 3, *size), intermediates_only=True)
+    assert [tuple(m.shape[-2:]) for m in maps] == config.grids(size)
+
+
+@pytest.mark.parametrize("kind", [StageConfig, ModelConfig, TrainConfig])
+def test_every_field_is_read_by_some_code(kind):
+    source = "\n".join(path.read_text() for path in Path(sret.__file__).parent.rglob("*.py"))
+    for field in fields(kind):
+        reads = source.count(f".{field.name}")
+        assert reads, f"nothing reads {kind.__name__}.{field.name}"

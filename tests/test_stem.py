@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from sret import InputError
+from sret.layers import ConvPool, ConvStem
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(64, 64), (33, 17), (232, 96)])
+def test_the_stem_divides_the_picture_and_rounds_up(stride, size):
+    y = ConvStem(3, 16, stride)(torch.randn(1, 3, *size))
+    assert y.shape == (1, 16, -(-size[0] // stride), -(-size[1] // stride))
+    assert y.min() >= 0  # the last of its layers is a ReLU
+
+
+def test_a_stride_that_cannot_be_is_refused():
+    with pytest.raises(InputError, match="stem_stride 3 is not one of 8, 4, 2, 1"):
+        ConvStem(3, 16, 3)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+def test_the_pool_halves_and_mixes_no_channels(size):
+    pool = ConvPool(4, 8)
+    x = torch.randn(1, 4, *size, requires_grad=True)
+    y = pool(x)
+    assert y.shape == (1, 8, -(-size[0] // 2), -(-size[1] // 2))
+    y[:, 2:4].sum().backward()  # outputs 2 and 3 are made of input 1
+    assert [bool(g.any()) for g in x.grad[0]] == [False, True, False, False]
+
+
+def test_channels_that_are_no_multiple_are_refused():
+    with pytest.raises(InputError, match="12 channels cannot follow one of 8"):
+        ConvPool(8, 12)
