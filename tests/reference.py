@@ -80,7 +80,7 @@ def official_forward(
         return linear(F.gelu(linear(x, f"{name}.fc1")), f"{name}.fc2")
 
     def attention(x: Tensor, name: str, num_heads: int, num_groups: int, index: Tensor | None) -> Tensor:
-        B, N, C = x.shape
+        _, N, C = x.shape
         order = torch.arange(N) if index is None else index
         y = torch.empty_like(x)
         for members in order.split(N // num_groups):  # one slice after the other

@@ -195,7 +195,7 @@ class SReT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning-rate decay; a recursion is one layer."""
         return {
-            "stem": r"^(stem|pos_embed)",
+            "stem": r"^(?:stem|pos_embed)",
             "blocks": r"^stages\.(\d+)"
             if coarse
             else [(r"^stages\.(\d+)\.pool", (0,)), (r"^stages\.(\d+)\.recursions\.(\d+)", None), (r"^norm", (99999,))],

@@ -37,35 +37,31 @@ def _default_cfg(name: str, release: Release) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _default_cfg(name, release) for name, release in RELEASES.items()})
 
 
-def _build(cfg: ModelConfig, **kwargs: Any) -> SReT:
-    names = list(cfg.to_dict())
-    for name in kwargs:
-        if name not in names:
-            raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
-    return SReT(replace(cfg, **kwargs))
-
-
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """What timm's entry points do, with the authors' files read by `sret.weights` instead of timm's loader."""
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    path: Path | str | None = source.file
-    if pretrained and not path and not source.state_dict and weights.is_drive_url(source.url):
-        path = weights.fetch(str(source.url))
-    num_stages = len(CONFIGS[variant].stages)
-    is_backbone = kwargs.get("features_only", False)
-    model = build_model_with_cfg(
-        _build,
+    path: Path | str | None = None
+    if pretrained and not source.state_dict:
+        path = source.file or (weights.fetch(str(source.url)) if weights.is_drive_url(source.url) else None)
+
+    def build(cfg: ModelConfig, **options: Any) -> SReT:
+        names = list(cfg.to_dict())
+        for name in options:
+            if name not in names:
+                raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+        model = SReT(replace(cfg, **options))
+        if path:  # here, since timm prunes what `features_only` does not need
+            weights.load_pretrained(model, weights.read(path, cfg))
+        return model
+
+    return build_model_with_cfg(
+        build,
         variant,
         pretrained and not path,
         model_cfg=CONFIGS[variant],
-        feature_cfg={"out_indices": tuple(range(num_stages)), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(CONFIGS[variant].stages))), "feature_cls": "getter"},
         **kwargs,
     )
-    if pretrained and path:
-        net = model.model if is_backbone else model
-        assert isinstance(net, SReT)
-        weights.load_pretrained(net, weights.read(path, CONFIGS[variant]))
-    return model
 
 
 def _register(variant: str) -> None:
