@@ -103,7 +103,7 @@ def test_features_only():
 
 
 def test_a_wrong_name_or_tag_is_answered_with_the_nearest():
-    with pytest.raises(InputError, match="unknown model 'sret_tt'.*did you mean 'sret_t'"):
+    with pytest.raises(InputError, match=r"unknown model 'sret_tt'.*did you mean 'sret_t'"):
         config_of("sret_tt")
     with pytest.raises(InputError, match=r"sret_s has no weights tagged 'dist_in1k'.*it has in1k"):
         config_of("sret_s.dist_in1k")

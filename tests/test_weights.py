@@ -186,8 +186,8 @@ def test_pretrained_from_a_file_adapts_classes_channels_and_size(file_t, officia
     block = "transformers.1.blocks.4.attn.qkv.weight"
     assert torch.equal(grey.stages[1].recursions[1].block.attn.branch.qkv.weight, official_t[block])
     backbone = create(features_only=True)
-    assert torch.equal(backbone.model.norm.weight, official_t["norm.weight"])
-    with pytest.raises(InputError, match=r"do not fit the model: missing stages\.0"):
+    assert torch.equal(backbone.model.stages[1].recursions[1].block.attn.branch.qkv.weight, official_t[block])
+    with pytest.raises(InputError, match=r"do not fit the model: unexpected stages\.0"):
         create(stages=small_config(img_size=224).stages)
 
 

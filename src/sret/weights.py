@@ -9,6 +9,7 @@ authors list. No checksums are published; what arrives is checked key by key and
 """
 
 import argparse
+import functools
 import os
 import pickle
 import re
@@ -109,6 +110,7 @@ def from_official(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Stat
     return converted
 
 
+@functools.cache
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Key -> shape of the authors' state dict for this configuration."""
     with torch.device("meta"):

@@ -1,0 +1,100 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sret
+from sret import InputError, SReT
+from sret.checkpoint import METADATA_KEY, Card, load_state, load_weights, save_state, save_weights, write_atomically
+from sret.preprocess import Preprocessing
+
+
+def card(config) -> Card:
+    preprocessing = Preprocessing(img_size=config.input_size, mean=(0.5,) * 3, std=(0.2,) * 3)
+    return Card(config=config, preprocessing=preprocessing, class_names=tuple("abcdefghij"), training={"step": 3})
+
+
+@pytest.fixture
+def file(tmp_path, model):
+    save_weights(tmp_path / "model.safetensors", model.state_dict(), card(model.config))
+    return tmp_path / "model.safetensors"
+
+
+def test_a_weights_file_rebuilds_the_model(file, model, image):
+    loaded, read = load_weights(file)
+    assert read == card(model.config)
+    assert read.name_of(2) == "c"
+    assert not loaded.training
+    assert torch.equal(loaded(image), model(image))
+    assert torch.equal(sret.load(file)(image), model(image))
+
+
+def test_each_tensor_is_stored_once(file, model):
+    tensors = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size == 8 + header + tensors
+
+
+def test_timm_reads_it(tmp_path):
+    import timm
+
+    model = timm.create_model("sret_t", num_classes=10)
+    save_weights(tmp_path / "t.safetensors", model.state_dict(), card(model.config))
+    again = timm.create_model("sret_t", num_classes=10, checkpoint_path=str(tmp_path / "t.safetensors"))
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
+    content = file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save({}, tmp_path / "pickle.pth")
+    for name in ("cut.safetensors", "text.safetensors", "empty.safetensors"):
+        with pytest.raises(InputError, match=f"{name}: not a safetensors file, or a truncated one"):
+            load_weights(tmp_path / name)
+    with pytest.raises(InputError, match="sret convert"):
+        load_weights(tmp_path / "pickle.pth")
+    with pytest.raises(InputError, match="no such file"):
+        load_weights(tmp_path / "gone.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(InputError, match="without the metadata"):
+        load_weights(tmp_path / "foreign.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {METADATA_KEY: card(model.config).to_json()})
+    with pytest.raises(InputError, match=r"other.safetensors: these weights do not fit.*missing stem.conv1.weight"):
+        load_weights(tmp_path / "other.safetensors")
+    for metadata in ("{}", "not json", json.dumps({**json.loads(card(model.config).to_json()), "config": {"x": 1}})):
+        save_file(model.state_dict(), tmp_path / "odd.safetensors", {METADATA_KEY: metadata})
+        with pytest.raises(InputError):
+            load_weights(tmp_path / "odd.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_state_comes_back(tmp_path):
+    state = {"step": 3, "tensors": {"a": torch.arange(3)}, "best": None}
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_state(tmp_path / "state.pt")
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["tensors"]["a"], torch.arange(3))
+
+
+def test_a_configured_model_survives_a_reset_classifier(tmp_path, model, image):
+    model.reset_classifier(3)
+    save_weights(tmp_path / "m.safetensors", model.state_dict(), card(model.config))
+    assert isinstance(sret.load(tmp_path / "m.safetensors"), SReT)
+    assert torch.equal(sret.load(tmp_path / "m.safetensors")(image), model(image))
