@@ -35,7 +35,7 @@ def test_a_stage_that_cannot_be_is_refused(changes, message):
     [
         ({"stages": ()}, "stages is empty"),
         ({"stages": (stage(), stage(embed_dim=24))}, "24 channels cannot follow one of 16; use a multiple of 16"),
-        ({"stages": (stage(groups=(65, 1)),)}, "64 tokens cannot form 65 slices; try at most 64 slices"),
+        ({"stages": (stage(groups=(65, 1)),)}, "64 token\\(s\\) cannot form 65 slices; try at most 64"),
         ({"img_size": 0}, "img_size"),
         ({"img_size": (64, 64, 64)}, "img_size"),
         ({"stem_stride": 3}, "stem_stride 3 is not one of 8, 4, 2, 1"),
@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_is_refused(changes, message):
 
 
 def test_an_error_names_stage_pass_and_size():
-    with pytest.raises(InputError, match=r"stage 2 at 8x8 pixels: groups \(4, 2\), pass 1: 1 tokens cannot form 4"):
+    with pytest.raises(InputError, match=r"stage 2 at 8x8 pixels: groups \(4, 2\), pass 1: 1 token\(s\) cannot form 4"):
         replace(small_config(), img_size=8, stages=(stage(groups=(1,)), stage(groups=(4, 2))))
 
 

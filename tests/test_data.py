@@ -40,7 +40,7 @@ def test_digits_are_divided_fixed_stratified_and_without_overlap():
     assert not train & val
     again = load_data("digits")
     assert all(again.splits[name].labels == data.splits[name].labels for name in data.splits)
-    assert len(data.all) == 1797
+    assert len(data.split("all")) == 1797
 
 
 def test_the_examples_are_test_pictures():
@@ -59,7 +59,7 @@ def test_an_undivided_folder_is_divided_the_same_way_every_time(tmp_path):
     assert data.class_names == ("cat", "dog")
     assert [len(data.splits[name]) for name in ("train", "val", "test")] == [41, 7, 12]
     assert np.bincount(data.splits["test"].labels).tolist() == [4, 8]
-    assert set(data.all.images) == set(tmp_path.glob("*/*.png"))
+    assert set(data.split("all").images) == set(tmp_path.glob("*/*.png"))
     assert load_data(str(tmp_path)).splits == data.splits
 
 
@@ -89,8 +89,10 @@ def test_data_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"hollow/b: no pictures"):
         load_data(str(tmp_path / "hollow"))
     make_folder(tmp_path / "small", {"a": 1, "b": 9})
-    with pytest.raises(InputError, match=r"1 picture\(s\), too few"):
-        load_data(str(tmp_path / "small"))
+    small = load_data(str(tmp_path / "small"))
+    assert len(small.split("all")) == 10
+    with pytest.raises(InputError, match=r"too few pictures of a \(1\).*at least 3"):
+        small.split("train")
     make_folder(tmp_path / "odd" / "train", {"a": 3, "b": 3})
     make_folder(tmp_path / "odd" / "val", {"a": 3, "c": 3})
     with pytest.raises(InputError, match="differ in their classes: b; c"):

@@ -154,7 +154,17 @@ def test_a_named_variant_takes_classes_and_channels_from_the_data(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", 0), ("batch_size", 0), ("learning_rate", 0.0), ("label_smoothing", 1.0), ("seed", -1)],
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("label_smoothing", 1.0),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("warmup_epochs", -1),
+        ("weight_decay", -0.1),
+        ("clip_grad", 0.0),
+    ],
 )
 def test_recipes_that_cannot_be_are_refused(field, value):
     with pytest.raises(InputError, match=f"{field} is {value}"):

@@ -5,6 +5,7 @@ file of tensors and plain values, read with `weights_only=True`. Both are writte
 that an interrupted save leaves the previous file whole.
 """
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -120,8 +121,6 @@ def _read_safetensors(path: Path) -> tuple[Card, dict[str, Tensor]]:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """The state of a run: tensors and plain values."""
-    import io
-
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())

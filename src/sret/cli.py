@@ -21,18 +21,24 @@ from rich.table import Table
 
 from sret.config import ModelConfig, StageConfig
 from sret.cost import model_cost
-from sret.errors import InputError, nearest
+from sret.errors import InputError, InputWarning, nearest
 from sret.recipe import TrainConfig
 from sret.variants import CONFIGS, RELEASES, config_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 (`predict`, some pictures unread), 2 (wrong input) or 130."""
-    warnings.showwarning = lambda message, *_, **__: print(f"sret: warning: {message}", file=sys.stderr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = _show_warning
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = _parser()
     try:
         try:
-            arguments = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if argv is None else argv)])
+            arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
         except ArgumentError as error:
             raise InputError(_brief(str(error))) from error
         return COMMANDS[arguments.subcommand].run(arguments[arguments.subcommand])
@@ -63,19 +69,14 @@ def _train(arguments: Namespace) -> int:
     from sret.train import train
 
     try:
-        recipe = TrainConfig(**{field.name: _instantiated(arguments)[field.name] for field in fields(TrainConfig)})
+        values = COMMANDS["train"].parser().instantiate(arguments)
+        recipe = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     except InputError:
         raise
     except ValueError as error:  # jsonargparse's words around an InputError of a nested dataclass
         raise InputError(_brief(str(error))) from error
     train(recipe, arguments.out, arguments.resume, arguments.max_steps, arguments.num_workers)
     return 0
-
-
-def _instantiated(arguments: Namespace) -> Namespace:
-    parser = ArgumentParser(exit_on_error=False)
-    _add_train(parser)
-    return parser.instantiate(arguments)
 
 
 # eval ----------------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def _convert(arguments: Namespace) -> int:
     return 0
 
 
-# parsing -------------------------------------------------------------------------------------------------------------
+# errors and parsing --------------------------------------------------------------------------------------------------
 
 
 class _Command:
@@ -278,6 +279,11 @@ class _Command:
         self, description: str, add_arguments: Callable[[ArgumentParser], None], run: Callable[[Namespace], int]
     ) -> None:
         self.description, self.add_arguments, self.run = description, add_arguments, run
+
+    def parser(self) -> ArgumentParser:
+        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=self.description)
+        self.add_arguments(parser)
+        return parser
 
 
 COMMANDS = {
@@ -293,10 +299,13 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="sret", exit_on_error=False, allow_abbrev=False, description=__doc__.splitlines()[0])
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.description)
-        command.add_arguments(subparser)
-        subcommands.add_subcommand(name, subparser, help=command.description)
+        subcommands.add_subcommand(name, command.parser(), help=command.description)
     return parser
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if issubclass(category, InputWarning):  # those of the libraries underneath are not a user's business
+        print(f"sret: warning: {message}", file=sys.stderr)
 
 
 def _with_underscores(argument: str) -> str:
@@ -320,18 +329,7 @@ def _brief(message: str) -> str:
     if unknown := _UNKNOWN.search(message):
         name = next(filter(None, unknown.groups()))
         known = [field.name for kind in (TrainConfig, ModelConfig, StageConfig) for field in fields(kind)]
-        known += [
-            "out",
-            "resume",
-            "max_steps",
-            "num_workers",
-            "config",
-            "checkpoint",
-            "data",
-            "split",
-            "top_k",
-            "img_size",
-        ]
+        known += [action.dest for command in COMMANDS.values() for action in command.parser()._actions]
         where = f" in {path}" if path else ""
         return f"unknown option {name!r}{where}{nearest(name.rpartition('.')[2], known)}"
     if choice := re.search(r"invalid choice: '([^']*)'", message):

@@ -68,8 +68,8 @@ class StageConfig:
         for recursion, num_groups in enumerate(self.groups):
             if num_groups > num_tokens:
                 raise InputError(
-                    f"groups {self.groups}, pass {recursion + 1}: {num_tokens} tokens cannot form {num_groups} slices; "
-                    f"try at most {num_tokens} slices, or a larger img_size"
+                    f"groups {self.groups}, pass {recursion + 1}: {num_tokens} token(s) cannot form {num_groups} "
+                    f"slices; try at most {num_tokens}, or a larger img_size"
                 )
 
 
@@ -86,7 +86,8 @@ class ModelConfig:
         learnable_residual: `False` fixes all residual coefficients at 1 (the ablation).
         permutation: how sliced passes after the first reorder tokens: "random" or "strided" (no gather).
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth, growing linearly with depth towards this probability.
+        drop_path_rate: stochastic depth. A block's rate, one for all its passes, grows with its place in depth from 0
+            towards this probability, which it stays below.
         global_pool: "avg", or "" for an unpooled feature map (needs num_classes 0).
     """
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -39,33 +39,71 @@ class Samples:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: its splits ("train", "val", "test"; some may be missing), class names and normalisation."""
+    """A data set.
+
+    Attributes:
+        given: the splits its source has, of "train", "val" and "test"; or "all" alone if it is not divided.
+        mean, std: per channel, on the scale 0..1; their length is the number of channels.
+        crop_pct: share of a resized picture that evaluation keeps.
+    """
 
     name: str
-    splits: dict[str, Samples]
+    given: dict[str, Samples]
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     crop_pct: float = 0.875
-    is_divided_here: bool = field(default=False)  # the splits are ours, not the folder's
 
     @property
     def in_chans(self) -> int:
         return len(self.mean)
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether the source itself says which pictures are for training."""
+        return "all" not in self.given
+
     @cached_property
-    def all(self) -> Samples:
-        """Every picture of every split."""
-        parts = self.splits.values()
-        return Samples([i for part in parts for i in part.images], [label for part in parts for label in part.labels])
+    def splits(self) -> dict[str, Samples]:
+        """The splits, with what the source does not divide divided here, the same way every time.
+
+        Raises `InputError` if a class has too few pictures for that.
+        """
+        splits = dict(self.given)
+        if not self.is_divided:
+            splits["train"], splits["test"] = self._hold_out(splits.pop("all"), TEST_SHARE)
+        if "train" in splits and "val" not in splits:
+            splits["train"], splits["val"] = self._hold_out(splits["train"], VAL_SHARE)
+        return {name: splits[name] for name in SPLIT_FOLDERS if name in splits}
 
     def split(self, name: str) -> Samples:
-        """One split, or "all". Raises `InputError` naming those there are."""
+        """One split, or every picture under the name "all". Raises `InputError` naming the splits there are."""
         if name == "all":
-            return self.all
+            parts = self.given.values()
+            return Samples(
+                [image for part in parts for image in part.images], [label for part in parts for label in part.labels]
+            )
         if name not in self.splits:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")
         return self.splits[name]
+
+    def _hold_out(self, samples: Samples, share: float) -> tuple[Samples, Samples]:
+        """(the rest, a stratified random share): the same for the same samples, whatever the seed of a run."""
+        labels = np.asarray(samples.labels)
+        generator = np.random.Generator(np.random.PCG64(0))
+        rest: list[int] = []
+        held: list[int] = []
+        for label in np.unique(labels):
+            indices = generator.permutation(np.flatnonzero(labels == label))
+            count = max(1, round(share * len(indices)))
+            if count == len(indices):
+                raise InputError(
+                    f"{self.name}: too few pictures of {self.class_names[label]} ({len(indices)}) to hold some out "
+                    "for testing and for choosing the best weights; give at least 3 of each class"
+                )
+            held += indices[:count].tolist()
+            rest += indices[count:].tolist()
+        return samples.take(sorted(rest)), samples.take(sorted(held))
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -121,7 +159,7 @@ def load_data(name: str) -> ImageData:
     A folder holds a sub-folder per class, or `train` and `val` (and `test`) folders that do. What a folder does not
     divide is divided here, the same way every time: a stratified 20 % for testing, and 15 % of the rest to select on.
 
-    Raises `InputError` if there is no such data, or a class has too few pictures to divide.
+    Raises `InputError` if there is no such data.
     """
     if name == "digits":
         return _digits()
@@ -140,32 +178,27 @@ def _digits() -> ImageData:
     samples = Samples([Image.fromarray(image) for image in pixels], [int(label) for label in bunch.target])
     return ImageData(
         name="digits",
-        splits=_divide(samples, "digits"),
+        given={"all": samples},
         class_names=tuple(str(digit) for digit in range(10)),
         mean=(0.5,),
         std=(0.5,),
         crop_pct=1.0,
-        is_divided_here=True,
     )
 
 
 def _folder(root: Path) -> ImageData:
     folders = {split: root / name for split, names in SPLIT_FOLDERS.items() for name in names if (root / name).is_dir()}
     if "train" not in folders and "val" not in folders:
-        class_names, samples = _read_classes(root)
-        splits, is_divided_here = _divide(samples, str(root)), True
-    else:
-        found = {split: _read_classes(folder) for split, folder in folders.items()}
-        first, (class_names, _) = next(iter(found.items()))
-        for split, (names, _) in found.items():
-            if names != class_names:
-                odd = sorted(set(names) ^ set(class_names))
-                raise InputError(f"{root}: {first} and {split} differ in their classes: {some(odd)}")
-        splits, is_divided_here = {split: samples for split, (_, samples) in found.items()}, False
-        if "train" in splits and "val" not in splits:
-            train, val = _hold_out(splits["train"], VAL_SHARE, str(root))
-            splits = {"train": train, "val": val, **{k: v for k, v in splits.items() if k != "train"}}
-    return ImageData(name=str(root), splits=splits, class_names=class_names, is_divided_here=is_divided_here)
+        folders = {"all": root}
+    found = {split: _read_classes(folder) for split, folder in folders.items()}
+    first, (class_names, _) = next(iter(found.items()))
+    for split, (names, _) in found.items():
+        if names != class_names:
+            odd = sorted(set(names) ^ set(class_names))
+            raise InputError(f"{root}: {first} and {split} differ in their classes: {some(odd)}")
+    return ImageData(
+        name=str(root), given={split: samples for split, (_, samples) in found.items()}, class_names=class_names
+    )
 
 
 def _read_classes(folder: Path) -> tuple[tuple[str, ...], Samples]:
@@ -181,25 +214,3 @@ def _read_classes(folder: Path) -> tuple[tuple[str, ...], Samples]:
         images += files
         labels += [label] * len(files)
     return class_names, Samples(images, labels)
-
-
-def _divide(samples: Samples, name: str) -> dict[str, Samples]:
-    rest, test = _hold_out(samples, TEST_SHARE, name)
-    train, val = _hold_out(rest, VAL_SHARE, name)
-    return {"train": train, "val": val, "test": test}
-
-
-def _hold_out(samples: Samples, share: float, name: str) -> tuple[Samples, Samples]:
-    """(the rest, a stratified random share): the same for the same samples, whatever the seed of a run."""
-    labels = np.asarray(samples.labels)
-    generator = np.random.Generator(np.random.PCG64(0))
-    rest: list[int] = []
-    held: list[int] = []
-    for label in np.unique(labels):
-        indices = generator.permutation(np.flatnonzero(labels == label))
-        count = max(1, round(share * len(indices)))
-        if count == len(indices):
-            raise InputError(f"{name}: class number {label} has {len(indices)} picture(s), too few to hold some out")
-        held += indices[:count].tolist()
-        rest += indices[count:].tolist()
-    return samples.take(sorted(rest)), samples.take(sorted(held))

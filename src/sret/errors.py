@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Wrong input: a value, a file, a name. The command line prints it as one line and exits with 2."""
 
 
+class InputWarning(UserWarning):
+    """A guess was made that the user should know of."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

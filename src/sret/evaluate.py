@@ -68,7 +68,7 @@ def evaluate_on(
     data = load_data(data_name or trained_on)
     _check_classes(card, data)
     if split is None:
-        is_foreign = data.is_divided_here and not _is_same(data.name, trained_on)
+        is_foreign = not data.is_divided and not _is_same(data.name, trained_on)
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
     accelerator = Accelerator()
     loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)

@@ -53,8 +53,13 @@ class TrainConfig:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be positive")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must not be negative")
+        for name in ("warmup_epochs", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise InputError(f"clip_grad is {self.clip_grad}; it must be positive, or null for no clipping")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^31")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to be stored and compared."""

@@ -40,6 +40,7 @@ from sret.weights import load_pretrained, read
 
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
 CURVE, SHEET = "learning_curve.png", "predictions.png"
+EPOCHS_APART = 1_000_003  # the sampler adds the epoch to its seed: seeds must be further apart than epochs
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
 
 
@@ -65,7 +66,7 @@ def train(
     state = _find_run(out, config, resume)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed * EPOCHS_APART),
     )
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
 
@@ -100,6 +101,8 @@ def train(
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         step, train_loss, best = state["step"], state["train_loss"], state["best"]
         rows = [row for row in _read_metrics(out / METRICS) if row["step"] <= step]
         console.print(f"Resuming {out} at step {step} of {total_steps}")
@@ -128,6 +131,7 @@ def train(
                 "best": best,
                 "model": weights,
                 "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             },
         )
 

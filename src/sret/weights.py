@@ -25,7 +25,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from sret.config import ModelConfig
-from sret.errors import InputError, some
+from sret.errors import InputError, InputWarning, some
 from sret.layers.position import resize
 from sret.model import SReT
 from sret.variants import CONFIGS, RELEASES, config_of
@@ -218,6 +218,7 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
         warnings.warn(
             f"slices leave no trace in weights: taking them for {fitting[0]}, "
             f"but they fit {' and '.join(fitting[1:])} as well; name the variant if it is another one",
+            InputWarning,
             stacklevel=3,
         )
     return fitting[0]
@@ -289,6 +290,7 @@ def drive_url(drive_id: str) -> str:
 
 
 def is_drive_url(url: object) -> bool:
+    """Whether an address is one that `drive_url` makes."""
     return isinstance(url, str) and url.startswith(drive_url(""))
 
 

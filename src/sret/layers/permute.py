@@ -96,7 +96,8 @@ class Permuter:
     """Hands every pass its permutation: fresh ones in training, a fixed one in evaluation.
 
     `seed` and `count` (permutations drawn so far) are its whole state; `state_dict` and `load_state_dict` carry it in
-    a checkpoint. Equal states give equal permutations, so all processes of a distributed run permute alike.
+    a checkpoint. Equal states give equal permutations on one type of device, so that all processes of a distributed run
+    permute alike (a CPU and a GPU draw differently).
     """
 
     def __init__(self, kind: PermutationKind = "random", seed: int = 0) -> None:

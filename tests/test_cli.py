@@ -1,0 +1,273 @@
+"""The command line as a user meets it: what it prints, its exit codes, and that nothing is lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from PIL import Image
+from test_data import make_folder
+from test_weights import Evil, official_state_dict
+
+from sret import SReT, cli, weights
+from sret.checkpoint import Card, load_weights, save_weights
+from sret.preprocess import Preprocessing
+from sret.variants import CONFIGS
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "recipes" / "digits.yaml")
+SMALL = ["--epochs=1", "--batch-size=256"]
+
+
+@pytest.fixture
+def sret(capsys):
+    """Runs a command; gives (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def make_checkpoint(path: Path, config=None, class_names=(), training=None) -> Path:
+    config = config or small_config()
+    torch.manual_seed(0)
+    preprocessing = Preprocessing(
+        img_size=config.input_size, mean=(0.5,) * config.in_chans, std=(0.5,) * config.in_chans
+    )
+    card = Card(config=config, preprocessing=preprocessing, class_names=class_names, training=training or {})
+    save_weights(path, SReT(config).state_dict(), card)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--config", DIGITS, "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_train_then_eval_then_predict(run_folder, sret):
+    best = run_folder / "best.safetensors"
+    code, out, _ = sret("eval", "--checkpoint", best)
+    assert code == 0
+    assert out.startswith("digits, test: 359 pictures, top-1 ")
+    code, out, _ = sret("eval", "--checkpoint", best, "--json", "--split=val", "--batch-size", 7)
+    metrics = json.loads(out)
+    assert metrics["count"] == 216
+    expected = load_weights(best)[1].training["metrics"]
+    assert metrics["top1"] == pytest.approx(expected["val_top1"])
+    assert metrics["loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+    pictures = sorted((ROOT / "examples" / "digits").glob("*.png"))
+    code, out, err = sret("predict", *pictures, "--checkpoint", best)
+    assert (code, err) == (0, "")
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(p) for p in pictures]
+    code, out, _ = sret("predict", pictures[0], "--checkpoint", best, "--json", "--top_k", 10)
+    assert sum(json.loads(out)["classes"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_second_run_into_the_same_folder_needs_to_say_so(run_folder, sret):
+    before = (run_folder / "best.safetensors").read_bytes()
+    code, _, err = sret("train", "--config", DIGITS, "--out", run_folder, *SMALL)
+    assert code == 2
+    assert "--resume auto" in err
+    code, out, _ = sret("train", "--config", DIGITS, "--out", run_folder, *SMALL, "--resume", "auto")
+    assert code == 0
+    assert "Best validation accuracy" in out
+    assert (run_folder / "best.safetensors").read_bytes() == before
+
+
+def test_the_recipe_is_shown_with_its_overrides(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config", DIGITS, "--model.drop_path_rate", "0.3", "--out", "x", "--print_config"])
+    assert not stopped.value.code
+    assert "drop_path_rate: 0.3" in capsys.readouterr().out
+
+
+def test_bad_pictures_are_named_and_the_rest_answered(tmp_path, sret):
+    checkpoint = make_checkpoint(tmp_path / "m.safetensors")
+    good = tmp_path / "good.png"
+    Image.new("RGB", (30, 20)).save(good)
+    (tmp_path / "bad.png").write_text("no picture")
+    code, out, err = sret(
+        "predict", tmp_path / "bad.png", good, tmp_path / "gone.png", tmp_path, "--checkpoint", checkpoint
+    )
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert out.startswith(str(good))
+    assert [line.split(": ")[2] for line in err.splitlines()] == [
+        str(tmp_path / "bad.png"),
+        str(tmp_path / "gone.png"),
+        str(tmp_path),
+    ]
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("sret: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        ([], "name a command: train, eval, predict, info, convert"),
+        (["info", "sret_tt"], "unknown model 'sret_tt'"),
+        (["info", "sret_t", "--img_size", "8"], "stage 1 at 8x8 pixels"),
+        (["info", "--img-sise", "8"], "unknown option 'img_sise'; did you mean 'img_size'?"),
+        (["train", "--config", DIGITS], "missing out"),
+        (["train", "--config", "none.yaml", "--out", "x"], "none.yaml"),
+        (["train", "--config", DIGITS, "--out", "x", "--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
+        (["train", "--config", DIGITS, "--out", "x", "--epochs", "many"], "epochs: Expected a int. Got value: many"),
+        (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "'num_head' in model"),
+        (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
+        (["train", "--config", DIGITS, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
+        (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
+        (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
+        (["train", "--config", DIGITS, "--out", "x", "--augmentation", "crops"], "'none', 'affine', 'crop'"),
+        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps is 0"),
+        (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
+        (["predict", "a.png"], "missing checkpoint"),
+        (["convert", "gone.pth", "x.safetensors"], "gone.pth: no such file"),
+        (["convert", "gone.pth", "x.onnx"], "OUT ends in .safetensors"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(arguments, message, sret, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = sret(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in one_line(err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs:", "epoch:"), "unknown option 'epoch'; did you mean 'epochs'?"),
+        (("img_size:", "image_size:"), "unknown option 'image_size' in model; did you mean 'img_size'?"),
+        (("num_heads: 2", "num_head: 2"), "unknown option 'num_head' in model.stages; did you mean 'num_heads'?"),
+        (("groups: [4, 2]", "groups: [400, 2]"), "64 token(s) cannot form 400 slices; try at most 64"),
+        (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate 5.0 is not a probability below 1"),
+        (("epochs: 60", "epochs: ["), "Problems parsing config"),
+        (("img_size: 32", "img_size: big"), "model.img_size: Expected a int; Expected a tuple (given big)"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(change, message, sret, tmp_path):
+    assert change[0] in Path(DIGITS).read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Path(DIGITS).read_text().replace(*change))
+    code, _, err = sret("train", "--config", recipe, "--out", tmp_path / "x")
+    assert code == 2
+    assert message in one_line(err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_for_other_classes_is_refused(sret, tmp_path):
+    folder = make_folder(tmp_path / "pets", {"cat": 2, "dog": 2})
+    ten = make_checkpoint(tmp_path / "ten.safetensors")
+    code, _, err = sret("eval", "--checkpoint", ten, "--data", folder)
+    assert code == 2
+    assert "knows 10 classes" in one_line(err)
+    two = make_checkpoint(tmp_path / "two.safetensors", small_config(num_classes=2), ("cow", "dog"))
+    code, _, err = sret("eval", "--checkpoint", two, "--data", folder)
+    assert code == 2
+    assert "other classes than the checkpoint: 'cat', not 'cow'" in one_line(err)
+    code, _, err = sret("eval", "--checkpoint", two)
+    assert code == 2
+    assert "name the pictures with --data" in one_line(err)
+
+
+def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, tmp_path):
+    folder = make_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
+    config = small_config(num_classes=2)
+    foreign = make_checkpoint(tmp_path / "a.safetensors", config, ("cat", "dog"))
+    own = make_checkpoint(tmp_path / "b.safetensors", config, ("cat", "dog"), {"recipe": {"data": str(folder)}})
+    assert "all: 20 pictures" in sret("eval", "--checkpoint", foreign, "--data", folder)[1]
+    assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", f"{folder}/../pets")[1]
+    assert "test: 4 pictures" in sret("eval", "--checkpoint", own)[1]
+
+
+def test_convert_reads_the_authors_files_and_writes_them(sret, tmp_path):
+    official = official_state_dict("SReT_T")
+    torch.save({"model": official}, tmp_path / "SReT_T.pth")
+    code, out, err = sret("convert", tmp_path / "SReT_T.pth", tmp_path / "t.safetensors")
+    assert (code, err) == (0, "")
+    assert "4,755,979 parameters, 1000 classes" in out
+    model, card = load_weights(tmp_path / "t.safetensors")
+    assert model.config == CONFIGS["sret_t"]
+    assert card.preprocessing.crop_pct == 0.875
+    assert card.preprocessing.mean == pytest.approx((0.485, 0.456, 0.406))
+    code, _, _ = sret("convert", tmp_path / "t.safetensors", tmp_path / "back.pth")
+    assert code == 0
+    back, _ = weights.read_official(tmp_path / "back.pth")
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[key], official[key]) for key in back)
+    code, _, err = sret("convert", tmp_path / "SReT_T.pth", tmp_path / "t.safetensors")
+    assert code == 2
+    assert "exists already" in one_line(err)
+    code, _, err = sret("convert", tmp_path / "SReT_T.pth", tmp_path / "s.safetensors", "--variant", "sret_s")
+    assert code == 2
+    assert "It fits sret_t or sret_t_unsliced" in one_line(err)
+
+
+def test_convert_warns_of_a_guess_and_refuses_code(sret, tmp_path):
+    torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "checkpoint.pth")
+    code, _, err = sret("convert", tmp_path / "checkpoint.pth", tmp_path / "a.safetensors")
+    assert code == 0
+    assert err.startswith("sret: warning: slices leave no trace in weights: taking them for sret_t")
+    torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
+    code, _, err = sret("convert", tmp_path / "evil.pth", tmp_path / "b.safetensors")
+    assert code == 2
+    assert "refused" in one_line(err)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_info_lists_all_and_details_one(sret, tmp_path):
+    code, out, _ = sret("info")
+    assert code == 0
+    assert all(name in out for name in CONFIGS)
+    assert "20,899,692" in out
+    assert "76.0 [77.6]" in out
+    assert max(map(len, out.splitlines())) <= 88
+    code, out, _ = sret("info", "sret_t", "--img-size", "[256,192]")
+    assert code == 0
+    assert "sret_t at 256x192" in out
+    assert "32x24" in out
+    assert "76.0 % top-1 on ImageNet-1K as published" in out
+    code, out, _ = sret("info", make_checkpoint(tmp_path / "m.safetensors"))
+    assert code == 0
+    assert f"{sum(t.numel() for t in SReT(small_config()).parameters()):,} parameters" in out
+
+
+def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.COMMANDS["info"], "run", interrupt)
+    code, _, err = sret("info")
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_the_command_is_installed():
+    result = subprocess.run(
+        [sys.executable, "-m", "sret.cli", "info", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("sret: error: unknown model 'nothing'")
+    assert "Traceback" not in result.stderr
+
+
+def test_recipes_are_complete_and_say_how_to_run_them():
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith(f"# sret train --config recipes/{path.name} --out ")
+        code = cli._parser().parse_args(["train", "--config", str(path), "--out", "x"])
+        assert code.subcommand == "train"
