@@ -319,7 +319,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Any]:
 
 @torch.no_grad()
 def _draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.device) -> None:
-    """The learning curve, and what the best weights make of the validation pictures, mistakes first."""
+    """The learning curve, and what the best weights make of the validation pictures."""
     learning_curve(out / CURVE, rows, f"{data.name}, {rows[-1]['epoch']} epochs")
     model, card = load_weights(out / BEST)
     model = model.to(device)
@@ -328,12 +328,12 @@ def _draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.
     outputs = [model(images.to(device)).softmax(dim=1).cpu() for images, _ in DataLoader(dataset, batch_size=64)]
     confidence, predicted = torch.cat(outputs).max(dim=1)
     is_right = predicted == torch.tensor(samples.labels)
-    shown = is_right.int().argsort(stable=True)[:32].tolist()
+    shown = (is_right + confidence).argsort()[:32].tolist()  # mistakes first, then the least certain
     images = card.preprocessing.pixels(torch.stack([dataset[i][0] for i in shown]))
     prediction_sheet(
         out / SHEET,
         images.permute(0, 2, 3, 1).numpy(),
         [card.name_of(samples.labels[i]) for i in shown],
         [(card.name_of(int(predicted[i])), float(confidence[i])) for i in shown],
-        f"{data.name}: {len(samples)} validation pictures, {int((~is_right).sum())} wrong, mistakes first",
+        f"{data.name}: {len(samples)} validation pictures, {int((~is_right).sum())} wrong; the mistakes, then the least certain",
     )
