@@ -335,5 +335,5 @@ def _draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.
         images.permute(0, 2, 3, 1).numpy(),
         [card.name_of(samples.labels[i]) for i in shown],
         [(card.name_of(int(predicted[i])), float(confidence[i])) for i in shown],
-        f"{data.name}: {len(samples)} validation pictures, {int((~is_right).sum())} wrong; the mistakes, then the least certain",
+        f"{data.name}: {len(samples)} validation pictures, {int((~is_right).sum())} wrong; least certain first",
     )
