@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,17 @@ def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {METADATA_KEY: card(model.config).to_json()})
     with pytest.raises(InputError, match=r"other.safetensors: these weights do not fit.*missing stem.conv1.weight"):
         load_weights(tmp_path / "other.safetensors")
-    for metadata in ("{}", "not json", json.dumps({**json.loads(card(model.config).to_json()), "config": {"x": 1}})):
+    values = json.loads(card(model.config).to_json())
+    odd = {**values, "preprocessing": {**values["preprocessing"], "interpolation": "magic"}}
+    short = {**values, "class_names": ["a"]}
+    for metadata in (
+        "{}",
+        "[]",
+        "not json",
+        json.dumps(odd),
+        json.dumps(short),
+        json.dumps({**json.loads(card(model.config).to_json()), "config": {"x": 1}}),
+    ):
         save_file(model.state_dict(), tmp_path / "odd.safetensors", {METADATA_KEY: metadata})
         with pytest.raises(InputError):
             load_weights(tmp_path / "odd.safetensors")
@@ -95,6 +106,9 @@ def test_a_state_comes_back(tmp_path):
 
 def test_a_configured_model_survives_a_reset_classifier(tmp_path, model, image):
     model.reset_classifier(3)
-    save_weights(tmp_path / "m.safetensors", model.state_dict(), card(model.config))
+    with pytest.raises(InputError, match="10 class names for 3 classes"):
+        card(model.config)
+    names = replace(card(replace(model.config, num_classes=10)), config=model.config, class_names=())
+    save_weights(tmp_path / "m.safetensors", model.state_dict(), names)
     assert isinstance(sret.load(tmp_path / "m.safetensors"), SReT)
     assert torch.equal(sret.load(tmp_path / "m.safetensors")(image), model(image))

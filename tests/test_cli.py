@@ -14,6 +14,7 @@ from test_weights import Evil, official_state_dict
 
 from sret import SReT, cli, weights
 from sret.checkpoint import Card, load_weights, save_weights
+from sret.data import load_data
 from sret.preprocess import Preprocessing
 from sret.variants import CONFIGS
 
@@ -125,15 +126,26 @@ def one_line(err: str) -> str:
         (["train", "--config", "none.yaml", "--out", "x"], "none.yaml"),
         (["train", "--config", DIGITS, "--out", "x", "--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
         (["train", "--config", DIGITS, "--out", "x", "--epochs", "many"], "epochs: Expected a int. Got value: many"),
-        (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "'num_head' in model"),
+        (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
         (["train", "--config", DIGITS, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
         (["train", "--config", DIGITS, "--out", "x", "--augmentation", "crops"], "'none', 'affine', 'crop'"),
-        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps is 0"),
+        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps: Not of type PositiveInt"),
         (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
         (["predict", "a.png"], "missing checkpoint"),
+        (["predict", "a.png", "--checkpoint", "x", "--top_k", "-1"], "top_k"),
+        (["eval", "--checkpoint", "x", "--num-workers", "-1"], "num_workers"),
+        (["info", "sret_t_unsliced", "--img_size", "-224"], "both sides must be at least 1"),
+        (["train", "--config", str(ROOT / "examples/digits/two.png"), "--out", "x"], "the recipe is not a text file"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t", "--model.img_size", "96"],
+            "neither the name",
+        ),
+        (["train", "--config", DIGITS, "--out", "x", "--init", "gone.safetensors"], "gone.safetensors: no such file"),
+        (["convert", "sret_tt", "x.safetensors"], "did you mean 'sret_t'?"),
+        (["convert", "sret_s.dist", "x.safetensors"], "sret_s has no weights tagged 'dist'"),
         (["convert", "gone.pth", "x.safetensors"], "gone.pth: no such file"),
         (["convert", "gone.pth", "x.onnx"], "OUT ends in .safetensors"),
     ],
@@ -151,12 +163,12 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(arguments, message, sret, tm
     ("change", "message"),
     [
         (("epochs:", "epoch:"), "unknown option 'epoch'; did you mean 'epochs'?"),
-        (("img_size:", "image_size:"), "unknown option 'image_size' in model; did you mean 'img_size'?"),
-        (("num_heads: 2", "num_head: 2"), "unknown option 'num_head' in model.stages; did you mean 'num_heads'?"),
+        (("img_size:", "image_size:"), "ModelConfig has no field 'image_size'"),
+        (("num_heads: 2", "num_head: 2"), "did you mean 'num_heads'?"),
         (("groups: [4, 2]", "groups: [400, 2]"), "64 token(s) cannot form 400 slices; try at most 64"),
-        (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate 5.0 is not a probability below 1"),
+        (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate 5 is not a probability below 1"),
         (("epochs: 60", "epochs: ["), "Problems parsing config"),
-        (("img_size: 32", "img_size: big"), "model.img_size: Expected a int; Expected a tuple (given big)"),
+        (("img_size: 32", "img_size: big"), "img_size 'big' is not a number of pixels"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(change, message, sret, tmp_path):
@@ -167,6 +179,52 @@ def test_a_wrong_recipe_is_one_line(change, message, sret, tmp_path):
     assert code == 2
     assert message in one_line(err)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("content", ["cut", "foreign", "evil"])
+def test_weights_to_start_from_are_read_as_carefully(content, sret, tmp_path):
+    whole = make_checkpoint(tmp_path / "whole.safetensors").read_bytes()
+    path = tmp_path / ("init.pth" if content == "evil" else "init.safetensors")
+    path.write_bytes(whole[: len(whole) // 2] if content == "cut" else whole)
+    if content == "evil":
+        torch.save({"model": {}, "args": Evil()}, path)
+    code, _, err = sret("train", "--config", DIGITS, "--out", tmp_path / "x", "--init", path)
+    assert code == 2
+    assert {"cut": "truncated", "foreign": "do not fit the model", "evil": "refused"}[content] in one_line(err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_bad_picture_in_a_worker_is_one_line_too(sret, tmp_path):
+    folder = make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    (folder / "cat" / "001.png").write_text("no picture")
+    two = make_checkpoint(tmp_path / "two.safetensors", small_config(num_classes=2), ("cat", "dog"))
+    for workers in (0, 1):
+        code, _, err = sret("eval", "--checkpoint", two, "--data", folder, "--num-workers", workers)
+        assert code == 2
+        assert one_line(err) == f"sret: error: {folder}/cat/001.png: not a picture that can be read\n"
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_picture_once(run_folder, sret):
+    best = run_folder / "best.safetensors"
+    alone = json.loads(sret("eval", "--checkpoint", best, "--json")[1])
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    command = [*launch, "-m", "sret.cli", "eval", "--checkpoint", str(best), "--json", "--batch-size", "32"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, result.stderr[-2000:]
+    assert lines[0]["count"] == alone["count"] == 359  # an odd number
+    assert lines[0]["top1"] == pytest.approx(alone["top1"])
+    assert lines[0]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_a_checkpoint_for_other_classes_is_refused(sret, tmp_path):
@@ -188,10 +246,16 @@ def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, t
     folder = make_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
     config = small_config(num_classes=2)
     foreign = make_checkpoint(tmp_path / "a.safetensors", config, ("cat", "dog"))
-    own = make_checkpoint(tmp_path / "b.safetensors", config, ("cat", "dog"), {"recipe": {"data": str(folder)}})
+    training = {"recipe": {"data": str(folder)}, "data": load_data(str(folder)).fingerprint()}
+    own = make_checkpoint(tmp_path / "b.safetensors", config, ("cat", "dog"), training)
     assert "all: 20 pictures" in sret("eval", "--checkpoint", foreign, "--data", folder)[1]
     assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", f"{folder}/../pets")[1]
     assert "test: 4 pictures" in sret("eval", "--checkpoint", own)[1]
+    Image.new("RGB", (8, 8)).save(folder / "cat" / "new.png")  # which moves others between the splits
+    code, _, err = sret("eval", "--checkpoint", own)
+    assert code == 2
+    assert "has changed since training (all was '20 pictures" in one_line(err)
+    assert "all: 21 pictures" in sret("eval", "--checkpoint", own, "--split", "all")[1]
 
 
 def test_convert_reads_the_authors_files_and_writes_them(sret, tmp_path):
@@ -257,9 +321,8 @@ def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
 
 
 def test_the_command_is_installed():
-    result = subprocess.run(
-        [sys.executable, "-m", "sret.cli", "info", "nothing"], capture_output=True, text=True, check=False
-    )
+    command = Path(sys.executable).with_name("sret")
+    result = subprocess.run([command, "info", "nothing"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("sret: error: unknown model 'nothing'")
     assert "Traceback" not in result.stderr

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sret import InputError
-from sret.data import ImageDataset, load_data, seeded
+from sret.data import EpochBatches, ImageDataset, load_data, seeded
 from sret.preprocess import Preprocessing
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
@@ -118,6 +118,72 @@ def test_augmentation_is_a_function_of_seed_epoch_and_picture():
     plain = ImageDataset(samples, GREY)
     assert torch.equal(plain[3][0], plain[3][0])
     assert not torch.equal(plain[3][0], first)
+
+
+def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
+    def order(seed: int, epoch: int, first: int = 0, rank: int = 0, num_ranks: int = 1) -> list[list[int]]:
+        batches = EpochBatches(103, 10, seed, rank, num_ranks)
+        batches.start_at(epoch, first)
+        return list(batches)
+
+    assert order(0, 0) == order(0, 0)
+    flat = [i for batch in order(0, 0) for i in batch]
+    assert len(set(flat)) == len(flat) == 100
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(0, 1, first=4) == order(0, 1)[4:]
+    shares = zip(order(0, 1, rank=0, num_ranks=2), order(0, 1, rank=1, num_ranks=2), strict=True)
+    assert [sorted(a + b) for a, b in shares] == [sorted(batch) for batch in order(0, 1)]
+    with pytest.raises(InputError, match="batch_size 10 does not divide by 3 processes"):
+        EpochBatches(100, 10, 0, 0, 3)
+
+
+def test_a_fingerprint_tells_what_changed(tmp_path):
+    make_folder(tmp_path / "a", {"cat": 4, "dog": 4})
+    make_folder(tmp_path / "b", {"cat": 4, "dog": 4})
+    before = load_data(str(tmp_path / "a")).fingerprint()
+    assert load_data(str(tmp_path / "b")).fingerprint() == before
+    (tmp_path / "a" / "cat").rename(tmp_path / "a" / "zebra")
+    after = load_data(str(tmp_path / "a")).fingerprint()
+    assert after["class_names"] == ["dog", "zebra"]
+    assert after["all"] != before["all"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert load_data(str(make_folder(tmp_path / "vehicles", {"bus": 5, "train": 5}))).class_names == ("bus", "train")
+    make_folder(tmp_path / "val", {"a": 3})
+    make_folder(tmp_path / "validation", {"a": 3})
+    with pytest.raises(InputError, match="both val and validation"):
+        load_data(str(tmp_path))
+
+
+def test_16_bit_pictures_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    np.testing.assert_array_equal(np.asarray(GREY.load(tmp_path / "ramp.png")), ramp >> 8)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(InputError, match=r"float.tiff: holds floating-point numbers"):
+        GREY.load(tmp_path / "float.tiff")
+
+
+def test_pictures_like_threads_are_refused(tmp_path):
+    Image.new("L", (6000, 1)).save(tmp_path / "thread.png")
+    with pytest.raises(InputError, match=r"thread.png: 6000x1 pixels is too long and thin"):
+        GREY.load(tmp_path / "thread.png")
+
+
+def test_evaluation_keeps_the_share_of_the_picture_it_says():
+    picture = Image.new("L", (100, 100), 0)
+    picture.paste(255, (10, 10, 90, 90))  # white but for a border of a tenth
+    for crop_pct, share in ((1.0, 0.64), (0.8, 1.0)):
+        x = Preprocessing(img_size=(50, 50), mean=(0.0,), std=(1.0,), crop_pct=crop_pct).transform()(picture)
+        assert x.mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_affine_sees_what_evaluation_sees():
+    wide = Image.new("L", (80, 40), 0)
+    wide.paste(255, (0, 0, 15, 40))  # a white edge that the centre crop leaves out
+    assert GREY.transform()(wide).max() < -0.9
+    assert max(GREY.transform("affine")(wide).max().item() for _ in range(20)) < -0.9
 
 
 def test_seeded_restores_all_generators():

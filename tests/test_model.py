@@ -78,6 +78,20 @@ def test_the_ablations_leave_out_what_they_say(image):
         assert SReT(config)(image).isfinite().all()
 
 
+def test_dropout_before_the_classifier_is_for_training_only(image):
+    model = SReT(small_config(drop_rate=0.5)).eval()
+    features = torch.ones(400, 64, 1, 1) * torch.arange(64).view(1, 64, 1, 1)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(model.forward_head(features), model.head(pooled))
+    logits = model.train().forward_head(features)
+    assert logits.std(dim=0).min() > 1e-3  # equal rows, other units dropped
+    torch.testing.assert_close(logits.mean(dim=0), model.head(pooled)[0], atol=0.3, rtol=0)
+
+
+def test_a_batch_may_be_empty(model):
+    assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 10)
+
+
 def test_every_parameter_has_a_gradient(image):
     model = SReT(small_config()).train()
     model(image).square().mean().backward()
@@ -179,7 +193,7 @@ def test_intermediates(model, image):
 def test_pruning_keeps_the_stages_asked_for(model, image):
     (expected,) = model.forward_intermediates(image, indices=[1], intermediates_only=True)
     assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
-    assert len(model.stages) == 2
+    assert len(model.stages) == len(model.config.stages) == 2
     assert torch.equal(model.forward_intermediates(image, indices=[1], intermediates_only=True)[0], expected)
 
 

@@ -1,6 +1,9 @@
 """Training by its properties: it learns, resumes to the bit, selects on validation only, and overwrites nothing."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +13,13 @@ from conftest import small_config
 from safetensors.torch import load_file
 from test_data import make_folder
 
-from sret import InputError, ModelConfig, StageConfig
+from sret import InputError, ModelConfig, StageConfig, run
 from sret.checkpoint import load_state, load_weights
 from sret.optim import adamw, cosine_with_warmup
 from sret.recipe import TrainConfig, changes
-from sret.train import BEST, CURVE, LAST, METRICS, SHEET, STATE, train
+from sret.run import BEST, CONTENTS, LAST, METRICS, STATE
+from sret.train import train
+from sret.variants import config_of
 
 MODEL = ModelConfig(
     stages=(
@@ -47,12 +52,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(whole):
-    assert {p.name for p in whole.iterdir()} == {BEST, LAST, STATE, METRICS, CURVE, SHEET}
+    assert {p.name for p in whole.iterdir()} == set(CONTENTS)
     rows = [json.loads(line) for line in (whole / METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[-1]["step"] == STEPS
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
-    for name in (CURVE, SHEET):
+    for name in CONTENTS[-2:]:
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
     model, card = load_weights(whole / BEST)
     assert model.config == MODEL
@@ -72,6 +77,8 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(whole, tmp_p
     train(RECIPE, tmp_path / "run", resume="auto")
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
+    best = load_file(whole / BEST)
+    assert all(torch.equal(tensor, best[key]) for key, tensor in load_file(tmp_path / "run" / BEST).items())
 
     def numbers(out: Path) -> list[dict[str, float]]:
         rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
@@ -86,9 +93,101 @@ def test_workers_do_not_change_the_result(whole, tmp_path):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
 
 
-def test_another_seed_is_another_run(whole, tmp_path):
-    train(replace(RECIPE, seed=1), tmp_path / "run", max_steps=1)
-    assert not torch.equal(weights(tmp_path / "run")["head.weight"], weights(whole)["head.weight"])
+def after_one_step(out: Path, **changes: object) -> dict[str, torch.Tensor]:
+    train(replace(RECIPE, **changes), out, max_steps=1)
+    return weights(out)
+
+
+def test_every_setting_counts(tmp_path):
+    """One step under another value of each setting ends elsewhere; under the same values it ends in the same bits."""
+    settings = {
+        "seed": 1,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "warmup_epochs": 0,
+        "weight_decay": 5.0,
+        "label_smoothing": 0.0,
+        "clip_grad": 1e-6,
+        "augmentation": "none",
+        "mixed_precision": "bf16",
+    }
+    plain = after_one_step(tmp_path / "plain")
+    again = after_one_step(tmp_path / "again")
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+    for name, value in settings.items():
+        changed = after_one_step(tmp_path / name, **{name: value})
+        assert not torch.equal(changed["head.weight"], plain["head.weight"]), name
+
+
+def test_the_rate_follows_the_schedule_and_the_first_loss_the_formula(tmp_path):
+    recipe = replace(RECIPE, epochs=3, label_smoothing=0.3, warmup_epochs=1)
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", record)
+        train(recipe, tmp_path / "run")
+    assert seen == [recipe.learning_rate * cosine_with_warmup(k, 12, 4) for k in range(12)]
+    assert seen[-1] < 0.1 * max(seen)
+
+
+def test_a_run_killed_while_saving_goes_on_to_the_same_bits(whole, tmp_path):
+    """SIGKILL in the middle of writing a file, at each file of the first epoch's save in turn."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from sret import checkpoint
+from test_train import RECIPE
+from sret.train import train
+written = 0
+fsync = os.fsync
+def kill(fd):
+    global written
+    written += 1
+    if written == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(fd)
+os.fsync = kill
+train(RECIPE, Path(sys.argv[1]), resume="auto")
+"""
+    expected = weights(whole)
+    for write in (1, 3, 4, 6):  # the first state's metrics; then last, best and state of epoch 1
+        out = tmp_path / str(write)
+        command = [sys.executable, "-c", script, str(out), str(write)]
+        killed = subprocess.run(command, capture_output=True, cwd=Path(__file__).parent, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        train(RECIPE, out, resume="auto")
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(out).items())
+        assert {path.name for path in out.iterdir()} == set(CONTENTS)
+
+
+def test_a_run_claims_its_folder_before_it_works(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path / "run")
+    with pytest.raises(InputError, match=r"holds another run \(step 0 of 8\)"):
+        train(RECIPE, tmp_path / "run")
+
+
+def test_git_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.versions()["commit"] == ""
+
+
+def test_data_that_changed_is_not_resumed(tmp_path):
+    folder = make_folder(tmp_path / "photos", {"cat": 9, "dog": 9})
+    recipe = TrainConfig(model=small_config(num_classes=2), data=str(folder), epochs=4, batch_size=4)
+    train(recipe, tmp_path / "run", max_steps=1)
+    (folder / "cat").rename(folder / "zebra")
+    with pytest.raises(InputError, match=r"has changed since .* was begun: .*class_names was \['cat', 'dog'\]"):
+        train(recipe, tmp_path / "run", resume="auto")
 
 
 def test_a_finished_run_is_only_reported(whole):
@@ -135,7 +234,7 @@ def test_model_and_data_must_fit(tmp_path):
 def test_a_folder_of_photos_and_weights_to_start_from(tmp_path):
     make_folder(tmp_path / "photos", {"cat": 12, "dog": 12, "emu": 12})
     model = small_config(num_classes=3)
-    recipe = TrainConfig(model=model, data=str(tmp_path / "photos"), epochs=1, batch_size=8)
+    recipe = TrainConfig(model=model, data=str(tmp_path / "photos"), epochs=1, batch_size=8, warmup_epochs=0)
     best = train(recipe, tmp_path / "run")
     assert load_weights(best)[1].class_names == ("cat", "dog", "emu")
     tuned = replace(recipe, init=best, learning_rate=1e-9)
@@ -145,11 +244,20 @@ def test_a_folder_of_photos_and_weights_to_start_from(tmp_path):
 
 
 def test_a_named_variant_takes_classes_and_channels_from_the_data(tmp_path):
-    train(
-        TrainConfig(model="sret_t", data="digits", batch_size=4, epochs=1, augmentation="none"), tmp_path, max_steps=1
-    )
+    train(TrainConfig(model="sret_t", data="digits", batch_size=4, augmentation="none"), tmp_path, max_steps=1)
     config = load_weights(tmp_path / LAST)[0].config
     assert (config.num_classes, config.in_chans) == (10, 1)
+
+
+def test_a_named_variant_can_be_changed():
+    recipe = TrainConfig(model={"name": "sret_t", "img_size": 96, "drop_path_rate": 0.1})
+    config = recipe.model_config(num_classes=7, in_chans=1)
+    assert (config.num_classes, config.in_chans, config.input_size, config.drop_path_rate) == (7, 1, (96, 96), 0.1)
+    assert config.stages == config_of("sret_t").stages
+    assert TrainConfig(model="sret_t").model_config(7, 1).num_classes == 7
+    assert TrainConfig(model=MODEL.to_dict()).model == MODEL
+    with pytest.raises(InputError, match="did you mean 'img_size'"):
+        TrainConfig(model={"name": "sret_t", "imgsize": 96})
 
 
 @pytest.mark.parametrize(

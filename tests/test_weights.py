@@ -16,6 +16,7 @@ from test_variants import NAMES
 
 import sret
 from sret import InputError, SReT, weights
+from sret.errors import InputWarning
 from sret.layers import replay
 from sret.variants import RELEASES, config_of
 
@@ -111,6 +112,14 @@ def test_a_plain_state_dict_and_other_classes_are_read_too(official_t, tmp_path)
     state = {**official_t, "head.weight": torch.zeros(5, 256), "head.bias": torch.zeros(5)}
     torch.save(state, tmp_path / "SReT_T_pets.pth")
     assert sret.load_official(tmp_path / "SReT_T_pets.pth").num_classes == 5
+
+
+def test_two_published_lts_share_a_name():
+    state = official_state_dict("SReT_LT")
+    for hint in ("SReT_LT.pth", "sret_finetuned.pth", "my_sret_model.pth"):
+        with pytest.warns(InputWarning, match="taking them for sret_lt, but they fit sret_lt_16_14_1 and"):
+            assert weights.identify(state, hint) == "sret_lt"
+    assert weights.identify(state, "SReT_LT_Distill.pth") == "sret_lt"
 
 
 @pytest.mark.parametrize(

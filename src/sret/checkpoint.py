@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from sret.config import ModelConfig
 from sret.errors import InputError
 from sret.model import SReT
 from sret.preprocess import Preprocessing
-from sret.weights import load_strictly, read_pickle
+from sret.weights import load_strictly, read_pickle, read_safetensors
 
 METADATA_KEY = "sret"
 
@@ -41,6 +40,10 @@ class Card:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.class_names and len(self.class_names) != self.config.num_classes:
+            raise InputError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
 
     def name_of(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
@@ -62,7 +65,7 @@ class Card:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes aside, synchronises and renames: at every moment `path` is the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed process left is written over
     try:
         with aside.open("wb") as file:
             file.write(content)
@@ -84,7 +87,13 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
 
     Raises `InputError` for a file that is missing, truncated or not of `sret`.
     """
-    card, state_dict = _read_safetensors(Path(path))
+    state_dict, metadata = read_safetensors(path)
+    if METADATA_KEY not in metadata:
+        raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
+    try:
+        card = Card.from_json(metadata[METADATA_KEY])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
     model = SReT(card.config)
     try:
         load_strictly(model, state_dict)
@@ -99,24 +108,6 @@ def load(path: str | os.PathLike[str]) -> SReT:
     Raises `InputError` for a file that is missing, truncated or not of `sret`.
     """
     return load_weights(path)[0]
-
-
-def _read_safetensors(path: Path) -> tuple[Card, dict[str, Tensor]]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
-        raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
-    if METADATA_KEY not in metadata:
-        raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
-    try:
-        return Card.from_json(metadata[METADATA_KEY]), state_dict
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -12,9 +12,11 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -41,15 +43,21 @@ def _main(argv: Sequence[str]) -> int:
             arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
         except ArgumentError as error:
             raise InputError(_brief(str(error))) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"the recipe is not a text file ({error})") from error
         return COMMANDS[arguments.subcommand].run(arguments[arguments.subcommand])
     except (InputError, OSError) as error:
-        print(f"sret: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught "):  # in a process that loads pictures: its traceback stands before the message
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        print(f"sret: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"sret: error: this command needs {error.name}; run: pip install 'sret[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sret: interrupted; a run goes on with --resume auto from its last completed epoch", file=sys.stderr)
+        hint = "; --resume auto goes on from the last completed epoch" if argv[:1] == ["train"] else ""
+        print(f"sret: interrupted{hint}", file=sys.stderr)
         return 130
 
 
@@ -58,23 +66,27 @@ def _main(argv: Sequence[str]) -> int:
 
 def _add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action="config", help="a recipe in YAML; later options override its fields")
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    # A plain mapping here, which TrainConfig checks: its words for what is wrong are better than a parser's.
+    parser.add_argument(
+        "--model",
+        type=dict[str, Any] | str,
+        required=True,
+        help="a published model's name, alone or as model.name beside fields to change; or all fields of a ModelConfig",
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
     parser.add_argument("--out", type=Path, required=True, help="the folder that receives the run")
     parser.add_argument("--resume", type=Literal["auto"] | None, help="auto: continue the run in --out if there is one")
-    parser.add_argument("--max_steps", type=int | None, help="stop after this many optimizer steps in all")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that load pictures")
+    parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many optimizer steps in all")
+    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load pictures")
 
 
 def _train(arguments: Namespace) -> int:
     from sret.train import train
 
-    try:
-        values = COMMANDS["train"].parser().instantiate(arguments)
-        recipe = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
-    except InputError:
-        raise
-    except ValueError as error:  # jsonargparse's words around an InputError of a nested dataclass
-        raise InputError(_brief(str(error))) from error
+    values = {field.name: arguments[field.name] for field in fields(TrainConfig)}
+    if isinstance(values["model"], dict):  # what came from the line is still text
+        values["model"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["model"].items()}
+    recipe = TrainConfig(**values)
     train(recipe, arguments.out, arguments.resume, arguments.max_steps, arguments.num_workers)
     return 0
 
@@ -91,9 +103,9 @@ def _add_eval(parser: ArgumentParser) -> None:
         help="by default the pictures held out for testing, or all of an undivided folder it was not trained on",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=64, help="pictures at a time; the result does not depend on it"
+        "--batch_size", type=PositiveInt, default=64, help="pictures at a time; the result does not depend on it"
     )
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that load pictures")
+    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load pictures")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -102,9 +114,13 @@ def _eval(arguments: Namespace) -> int:
     from sret.evaluate import evaluate_on
 
     model, card = load_weights(arguments.checkpoint)
+    from accelerate import PartialState
+
     metrics, data, split = evaluate_on(
         model, card, arguments.data, arguments.split, arguments.batch_size, arguments.num_workers
     )
+    if not PartialState().is_main_process:
+        return 0
     if arguments.json:
         print(json.dumps({"checkpoint": str(arguments.checkpoint), "data": data, "split": split, **asdict(metrics)}))
     else:
@@ -121,7 +137,7 @@ def _eval(arguments: Namespace) -> int:
 def _add_predict(parser: ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
-    parser.add_argument("--top_k", type=int, default=3, help="classes per picture")
+    parser.add_argument("--top_k", type=PositiveInt, default=3, help="classes per picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture instead")
 
 

@@ -4,7 +4,7 @@ Letters: C channels, N tokens, G slices. A *layer* is one pass of attention and 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from sret.errors import InputError, nearest
@@ -35,10 +35,13 @@ class StageConfig:
     projection_ratio: float | None = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
         for name in ("embed_dim", "num_heads", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            _check_integer(name, getattr(self, name), at_least=1)
+        if not isinstance(self.groups, list | tuple):
+            raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for num_groups in self.groups:
+            _check_integer(f"a pass of groups {self.groups}", num_groups, at_least=1)
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "
@@ -46,12 +49,10 @@ class StageConfig:
             )
         if not self.groups:
             raise InputError("groups is empty; give the number of slices of each pass, such as (1, 1) for two passes")
-        if min(self.groups) < 1:
-            raise InputError(f"groups {self.groups}: a pass has at least 1 slice")
         for name in ("mlp_ratio", "projection_ratio"):
             ratio = getattr(self, name)
-            if ratio is not None and int(self.embed_dim * ratio) < 1:
-                raise InputError(f"{name} {ratio} leaves {self.embed_dim} channels without a hidden one")
+            if ratio is not None and not 1 <= self.embed_dim * ratio < 2**31:
+                raise InputError(f"{name} {ratio} gives {self.embed_dim} channels no possible number of hidden ones")
 
     @property
     def num_passes(self) -> int:
@@ -103,15 +104,15 @@ class ModelConfig:
     global_pool: Literal["avg", ""] = "avg"
 
     def __post_init__(self) -> None:
-        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-        object.__setattr__(self, "img_size", size)
+        size = self.img_size if isinstance(self.img_size, list | tuple) else (self.img_size, self.img_size)
+        if len(size) != 2 or not all(isinstance(pixels, int) and pixels >= 1 for pixels in size):
+            raise InputError(f"img_size {self.img_size!r} is not a number of pixels or (height, width)")
+        object.__setattr__(self, "img_size", tuple(size))
         object.__setattr__(self, "stages", tuple(self.stages))
-        if not self.stages:
-            raise InputError("stages is empty; give at least one StageConfig")
-        if len(size) != 2 or min(size) < 1:
-            raise InputError(f"img_size {self.img_size} is not a number of pixels or (height, width)")
-        if self.in_chans < 1 or self.num_classes < 0:
-            raise InputError(f"in_chans {self.in_chans} must be at least 1, num_classes {self.num_classes} at least 0")
+        if not self.stages or not all(isinstance(stage, StageConfig) for stage in self.stages):
+            raise InputError(f"stages is {self.stages!r}; give at least one StageConfig")
+        _check_integer("in_chans", self.in_chans, at_least=1)
+        _check_integer("num_classes", self.num_classes, at_least=0)
         if self.stem_stride not in STEM_STRIDES:
             raise InputError(f"stem_stride {self.stem_stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
         if self.stages[0].embed_dim < 2:
@@ -119,8 +120,8 @@ class ModelConfig:
         if self.permutation not in get_args(PermutationKind):
             raise InputError(f"permutation {self.permutation!r} is not one of {', '.join(get_args(PermutationKind))}")
         for name in ("drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is not a probability below 1")
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)!r} is not a probability below 1")
         if self.global_pool not in ("avg", "") or (self.global_pool == "" and self.num_classes):
             raise InputError(
                 f"global_pool {self.global_pool!r} with {self.num_classes} classes; use 'avg', or '' with num_classes 0"
@@ -151,6 +152,8 @@ class ModelConfig:
 
     def check(self, img_size: tuple[int, int]) -> None:
         """Raises `InputError` if some stage cannot be sliced at `img_size` pixels."""
+        if min(img_size) < 1:
+            raise InputError(f"pictures of {img_size[0]}x{img_size[1]} pixels; both sides must be at least 1")
         for i, (stage, (height, width)) in enumerate(zip(self.stages, self.grids(img_size), strict=True)):
             try:
                 stage.check(height * width)
@@ -170,10 +173,22 @@ class ModelConfig:
         known = _known_fields(cls, values)
         return cls(**{**known, "stages": tuple(StageConfig(**_known_fields(StageConfig, s)) for s in stages)})
 
+    def with_changes(self, changes: Mapping[str, Any]) -> "ModelConfig":
+        """This config with some fields changed, given as plain values. Raises `InputError` as `from_dict` does."""
+        return ModelConfig.from_dict({**self.to_dict(), **changes})
+
+
+def _check_integer(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {at_least}")
+
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(cls)]
     for name in values:
         if name not in names:
-            raise InputError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+            raise InputError(f"{cls.__name__} has no field {name!r} (it has {', '.join(names)}){nearest(name, names)}")
+    for field in fields(cls):
+        if field.default is MISSING and field.name not in values:
+            raise InputError(f"{cls.__name__} needs {field.name}")
     return dict(values)

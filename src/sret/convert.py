@@ -29,16 +29,22 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
     if target.exists():
         raise InputError(f"{target} exists already; remove it, or name another file")
     if target.suffix == ".pth":
+        if variant is not None:
+            raise InputError("--variant is for reading the authors' files; ours say which model they are")
         model, card = load_weights(source)
         buffer = io.BytesIO()
         torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
         write_atomically(target, buffer.getvalue())
     else:
         path = Path(source)
-        if not path.exists() and source in RELEASES:
-            path, variant = fetch(drive_url(RELEASES[source].drive_id)), source.partition(".")[0]
-        if variant is not None:
-            config_of(variant)
+        if not path.exists() and not path.suffix.startswith(
+            ".p"
+        ):  # a name, then, and not a .pth or .pt that is missing
+            config_of(source)
+            name = source if source in RELEASES else next(name for name in RELEASES if name.startswith(f"{source}."))
+            if variant is not None:
+                raise InputError(f"{source} is a published name and says which model it is; leave --variant out")
+            path, variant = fetch(drive_url(RELEASES[name].drive_id)), name.partition(".")[0]
         model = load_official(path, variant)
         save_weights(target, model.state_dict(), imagenet_card(model, source))
     size = target.stat().st_size / 2**20

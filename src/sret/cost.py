@@ -29,10 +29,6 @@ class StageCost:
     macs: int
     passes: tuple[PassCost, ...]
 
-    @property
-    def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
 
 @dataclass(frozen=True)
 class ModelCost:

@@ -1,18 +1,20 @@
 """Labelled pictures under one name: the embedded digits, or a folder with a sub-folder per class."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from sret.errors import InputError, some
 from sret.preprocess import Augmentation, Preprocessing
@@ -87,6 +89,20 @@ class ImageData:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")
         return self.splits[name]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Class names, and per given split the number of pictures and a digest of their names and labels.
+
+        Pictures that are no files have no names; they come with the package that carries them.
+        """
+        prints: dict[str, Any] = {"class_names": list(self.class_names)}
+        for name, samples in self.given.items():
+            digest = hashlib.sha256()
+            for image, label in zip(samples.images, samples.labels, strict=True):
+                where = "/".join(image.parts[-2:]) if isinstance(image, Path) else ""
+                digest.update(f"{where}\0{label}\n".encode())
+            prints[name] = f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
+        return prints
+
     def _hold_out(self, samples: Samples, share: float) -> tuple[Samples, Samples]:
         """(the rest, a stratified random share): the same for the same samples, whatever the seed of a run."""
         labels = np.asarray(samples.labels)
@@ -104,6 +120,38 @@ class ImageData:
             held += indices[:count].tolist()
             rest += indices[count:].tolist()
         return samples.take(sorted(rest)), samples.take(sorted(held))
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of indices: the order of an epoch is a function of (seed, epoch), and any batch can be the first.
+
+    Several processes share each batch: process `rank` takes every `num_ranks`-th index, so that the pictures of a step
+    do not depend on their number. What does not fill a last batch waits for another epoch's order.
+
+    Raises `InputError` if there are fewer pictures than a batch needs, or a batch cannot be shared evenly.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
+        if batch_size > num_samples:
+            raise InputError(f"batch_size {batch_size} is more than the {num_samples} training pictures")
+        if batch_size % num_ranks:
+            raise InputError(f"batch_size {batch_size} does not divide by {num_ranks} processes")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.num_ranks = rank, num_ranks
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch: int, first: int = 0) -> None:
+        """Iterates over this epoch next, from batch number `first` on."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.num_samples // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.num_samples)
+        for i in range(self.first, len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.num_ranks].tolist()
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -187,7 +235,14 @@ def _digits() -> ImageData:
 
 
 def _folder(root: Path) -> ImageData:
-    folders = {split: root / name for split, names in SPLIT_FOLDERS.items() for name in names if (root / name).is_dir()}
+    folders: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        # A folder of classes, that is; a class may be called "train" as well.
+        divided = [root / name for name in names if any(path.is_dir() for path in root.glob(f"{name}/*"))]
+        if len(divided) > 1:
+            raise InputError(f"{root} has both {divided[0].name} and {divided[1].name}; remove one")
+        if divided:
+            folders[split] = divided[0]
     if "train" not in folders and "val" not in folders:
         folders = {"all": root}
     found = {split: _read_classes(folder) for split, folder in folders.items()}

@@ -14,6 +14,7 @@ from sret.checkpoint import Card
 from sret.data import ImageData, ImageDataset, load_data
 from sret.errors import InputError, some
 from sret.model import SReT
+from sret.recipe import changes
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,15 @@ def evaluate_on(
         raise InputError("this checkpoint does not say what it was trained on; name the pictures with --data")
     data = load_data(data_name or trained_on)
     _check_classes(card, data)
+    is_own = _is_same(data.name, trained_on)
+    changed = changes(card.training.get("data", {}), data.fingerprint())
+    if is_own and changed and not data.is_divided and split != "all":
+        raise InputError(
+            f"{data.name} has changed since training ({some(changed)}), so that its test pictures may have been "
+            "trained on; evaluate on other pictures with --data, or on all of these with --split all"
+        )
     if split is None:
-        is_foreign = not data.is_divided and not _is_same(data.name, trained_on)
+        is_foreign = not (is_own or data.is_divided)
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
     accelerator = Accelerator()
     loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)

@@ -157,6 +157,7 @@ class SReT(nn.Module):
         """Drops the stages after the last one asked for, and norm and head if told so; returns the kept indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: max_index + 1]
+        self.config = replace(self.config, stages=self.config.stages[: max_index + 1])
         if prune_norm:
             self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:

@@ -12,7 +12,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimi
     return create_optimizer_v2(model, opt="adamw", lr=learning_rate, weight_decay=weight_decay)
 
 
-def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int) -> float:
+def cosine_with_warmup(step: int, total_steps: int, warmup_steps: float) -> float:
     """Share of the peak learning rate at `step` (from 0): linear to 1 over the warm-up, then a half cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

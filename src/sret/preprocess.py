@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -14,6 +15,7 @@ from sret.errors import InputError
 
 Augmentation = Literal["none", "affine", "crop"]
 _MODES = {1: "L", 3: "RGB"}
+MOST_ELONGATED = 100  # longer over shorter side; resized beyond it, a few kilobytes of file fill the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +39,27 @@ class Preprocessing:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
             raise InputError(f"pictures have 1 or 3 channels, not {len(self.mean)} means and {len(self.std)} stds")
+        if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
+            raise InputError(f"pictures cannot be cropped to {self.img_size} pixels with crop_pct {self.crop_pct}")
+        if self.interpolation not in [mode.value for mode in transforms.InterpolationMode]:
+            raise InputError(f"interpolation {self.interpolation!r} is unknown; use 'bicubic' or 'bilinear'")
 
     def load(self, picture: Path | Image.Image) -> Image.Image:
         """A picture, or the one in a file, with this many channels; transparent parts turn white.
 
         Raises `InputError` naming a file that is no picture.
         """
+        name = str(picture) if isinstance(picture, Path) else "picture"
         if isinstance(picture, Path):
             picture = _read(picture)
+        if max(picture.size) > MOST_ELONGATED * min(picture.size):
+            raise InputError(f"{name}: {picture.width}x{picture.height} pixels is too long and thin to be resized")
         mode = _MODES[len(self.mean)]
+        if picture.mode == "F":
+            raise InputError(f"{name}: holds floating-point numbers of unknown range; save it with 8 or 16 bits")
+        if picture.mode.startswith("I"):  # Pillow would clip 16 bits to white instead of scaling them
+            values = np.asarray(picture)
+            picture = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -57,21 +71,7 @@ class Preprocessing:
         "affine" turns up to 12 degrees, shifts up to 8 % and scales by 0.9 to 1.1 (for pictures that fill the frame
         and have a right way up, like digits); "crop" is a random resized crop with horizontal flip (for photos).
         """
-        if augmentation == "affine":
-            return transforms.Compose(
-                [
-                    transforms.Resize(self.img_size, transforms.InterpolationMode(self.interpolation)),
-                    transforms.RandomAffine(
-                        degrees=12,
-                        translate=(0.08, 0.08),
-                        scale=(0.9, 1.1),
-                        interpolation=transforms.InterpolationMode.BILINEAR,
-                    ),
-                    transforms.ToTensor(),
-                    transforms.Normalize(self.mean, self.std),
-                ]
-            )
-        return create_transform(
+        transform = create_transform(
             (len(self.mean), *self.img_size),
             is_training=augmentation == "crop",
             mean=self.mean,
@@ -80,6 +80,16 @@ class Preprocessing:
             interpolation=self.interpolation,
             color_jitter=0.0,
         )
+        if augmentation != "affine":
+            return transform
+        affine = transforms.RandomAffine(
+            degrees=12,
+            translate=(0.08, 0.08),
+            scale=(0.9, 1.1),
+            interpolation=transforms.InterpolationMode.BILINEAR,
+        )
+        resize, crop, *to_tensor = transform.transforms
+        return transforms.Compose([resize, crop, affine, *to_tensor])
 
     def pixels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) as the model takes it -> the same in 0..1, for showing."""

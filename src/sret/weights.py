@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -169,7 +169,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(f"{path}: not a PyTorch checkpoint, or a truncated one") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -212,9 +212,11 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     if "wo_slice" in hint or "unsliced" in hint:
         return next(variant for variant in fitting if "unsliced" in variant)
     sliced = [variant for variant in fitting if "unsliced" not in variant]
-    if len(sliced) > 1 and re.search(r"16[-_]14[-_]1", hint):
-        return next(variant for variant in sliced if "16_14_1" in variant)
-    if len(fitting) > 1 and "sret_" not in hint:
+    if re.search(r"16[-_]14[-_]1", hint) and "sret_lt_16_14_1" in sliced:
+        return "sret_lt_16_14_1"
+    # Without further words the name of a size means its sliced model; of LT two are published, distilled one.
+    is_told = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
+    if len(fitting) > 1 and not is_told:
         warnings.warn(
             f"slices leave no trace in weights: taking them for {fitting[0]}, "
             f"but they fit {' and '.join(fitting[1:])} as well; name the variant if it is another one",
@@ -236,7 +238,7 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
     state_dict, trained_as = read_official(path)
     if variant is None:
         variant = identify(state_dict, f"{trained_as or ''} {Path(path).name}")
-    config = with_classes_of(config_of(variant), state_dict)
+    config = fitted(config_of(variant), state_dict)
     model = SReT(config)
     model.load_state_dict(from_official(state_dict, config))
     return model.eval()
@@ -245,15 +247,33 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
 def read(path: str | os.PathLike[str], config: ModelConfig) -> StateDict:
     """Our state dict of a file in either format: safetensors of ours, or a file of the authors' for `config`."""
     if Path(path).suffix == ".safetensors":
-        return load_file(path)
+        return read_safetensors(path)[0]
     state_dict, _ = read_official(path)
-    return from_official(state_dict, with_classes_of(config, state_dict))
+    return from_official(state_dict, fitted(config, state_dict))
 
 
-def with_classes_of(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
-    """`config` with as many classes as the state dict's classifier has."""
-    head = state_dict.get("head.weight")
-    return replace(config, num_classes=0 if head is None else head.shape[0])
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises `InputError` if it is not a whole one."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
+        raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
+
+
+def fitted(config: ModelConfig, official: Mapping[str, Tensor]) -> ModelConfig:
+    """`config` with the classes, channels and image size that the authors' state dict is made for."""
+    changes: dict[str, Any] = {"num_classes": 0}
+    for key, field, axis in (("head.weight", "num_classes", 0), ("patch_embed.conv1.weight", "in_chans", 1)):
+        if key in official and official[key].ndim > axis:
+            changes[field] = official[key].shape[axis]
+    if "pos_embed" in official and official["pos_embed"].ndim == 4:
+        changes["img_size"] = tuple(tokens * config.stem_stride for tokens in official["pos_embed"].shape[2:])
+    return replace(config, **changes)
 
 
 def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
@@ -264,7 +284,8 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
     """
     expected = model.state_dict()
     adapted = dict(state_dict)
-    if with_classes_of(model.config, state_dict).num_classes != model.num_classes:
+    head = state_dict.get("head.weight")
+    if model.num_classes != (0 if head is None else head.shape[0]):
         adapted = {key: value for key, value in adapted.items() if not key.startswith("head.")}
         adapted |= {key: value for key, value in expected.items() if key.startswith("head.")}
     if "pos_embed.weight" in adapted:

@@ -62,11 +62,12 @@ class SlicedAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, num_groups: int) -> Tensor:
         """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so fused kernels still apply."""
-        B, N, _ = qkv.shape
-        qkv = qkv.reshape(B * num_groups, N // num_groups, 3, self.num_heads, -1)  # (B*G, M, 3, H, D)
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        H = self.num_heads
+        qkv = qkv.reshape(B * num_groups, N // num_groups, 3, H, C // H)  # (B*G, M, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B*G, H, M, D)
         y = scaled_dot_product_attention(q, k, v)
-        return y.transpose(1, 2).reshape(B, N, -1)
+        return y.transpose(1, 2).reshape(B, N, C)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -1,0 +1,80 @@
+"""A training run's folder: claimed before the first step, resumed only by what began it, never overwritten."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sret
+from sret.checkpoint import Card, load_state, save_state, save_weights, write_atomically
+from sret.data import ImageData
+from sret.errors import InputError, some
+from sret.recipe import TrainConfig, changes
+
+BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
+CURVE, SHEET = "learning_curve.png", "predictions.png"
+CONTENTS = (BEST, LAST, STATE, METRICS, CURVE, SHEET)
+
+
+def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> dict[str, Any] | None:
+    """The state of the run in `out` to go on from, or None if the folder is free.
+
+    Raises `InputError` if the folder holds anything that would be overwritten, another recipe's run, or a run on data
+    that has changed since.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out names a folder")
+    if not (out / STATE).exists():
+        if present := [name for name in CONTENTS if (out / name).exists()]:
+            raise InputError(f"{out} holds {', '.join(present)} of another run, without its state; name another --out")
+        return None
+    state = load_state(out / STATE)
+    if not {"config", "data", "step", "total_steps", "rows", "best", "model", "optimizer"} <= state.keys():
+        raise InputError(f"{out / STATE} is not the state of a run of this version of sret; name another --out")
+    if not may_resume:
+        raise InputError(
+            f"{out} holds another run (step {state['step']} of {state['total_steps']}); "
+            "add --resume auto to continue it, or name another --out"
+        )
+    if changed := changes(state["config"], config.to_dict()):
+        raise InputError(f"{out} was begun with another recipe: {some(changed)}; name another --out")
+    if changed := changes(state["data"], data.fingerprint()):
+        raise InputError(f"{data.name} has changed since {out} was begun: {some(changed)}; name another --out")
+    return state
+
+
+def save(out: Path, state: dict[str, Any], card: Card) -> None:
+    """Writes the run's files, the state last, so that whatever it speaks of is there already.
+
+    `state` holds the model's weights, the rows of the metrics and the best of them; an epoch that has just become the
+    best also becomes the best weights.
+    """
+    weights: dict[str, Tensor] = state["model"]
+    rows = state["rows"]
+    if state["step"]:
+        save_weights(out / LAST, weights, card)
+    if rows and rows[-1] == state["best"] and rows[-1]["step"] == state["step"]:
+        save_weights(out / BEST, weights, card)
+    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    save_state(out / STATE, state)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on; the commit is empty outside a checkout of sret."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
+        top, commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\n")[:2]
+        commit = commit if Path(top).resolve() / "src" / "sret" == here else ""
+    except (OSError, subprocess.CalledProcessError, ValueError):  # no git, no checkout, no commit yet
+        commit = ""
+    return {
+        "sret": sret.__version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
