@@ -3,8 +3,9 @@
     Y = concat_g softmax(Q_g K_g^T / sqrt(D)) V_g,   g = 1..G
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, sliced group self-attention.
-Deviations: the token permutation is an argument, since this module draws no random numbers. Where G does not divide
-N, the authors' layer has no answer; here the first N mod G slices hold one token more, so nothing is padded or masked.
+Deviations: the token permutation is an argument, since this module draws no random numbers. The authors' release is
+for 224-pixel images; where G does not divide N, the first N mod G slices hold one token more here, so that nothing is
+padded or masked.
 Letters: B batch, N tokens, C channels, G slices, M tokens in a slice, H heads, D = C / H.
 """
 
