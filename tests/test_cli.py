@@ -132,7 +132,7 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
         (["train", "--config", DIGITS, "--out", "x", "--augmentation", "crops"], "'none', 'affine', 'crop'"),
-        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps: Not of type PositiveInt"),
+        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps: "),
         (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
         (["predict", "a.png"], "missing checkpoint"),
         (["predict", "a.png", "--checkpoint", "x", "--top_k", "-1"], "top_k"),

@@ -20,7 +20,8 @@ from sret.config import ModelConfig
 from sret.errors import InputError
 from sret.model import SReT
 from sret.preprocess import Preprocessing
-from sret.weights import load_strictly, read_pickle, read_safetensors
+from sret.reading import read_pickle, read_safetensors
+from sret.weights import load_strictly
 
 METADATA_KEY = "sret"
 

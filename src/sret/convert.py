@@ -7,11 +7,12 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from sret.checkpoint import Card, load_weights, save_weights, write_atomically
+from sret.drive import drive_url, fetch
 from sret.errors import InputError
 from sret.model import SReT
 from sret.preprocess import Preprocessing
 from sret.variants import RELEASES, config_of
-from sret.weights import drive_url, fetch, load_official, to_official
+from sret.weights import load_official, to_official
 
 
 def convert(source: str, target: Path, variant: str | None = None) -> str:

@@ -8,7 +8,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from sret import weights
+from sret import drive, weights
 from sret.config import ModelConfig
 from sret.errors import InputError, nearest
 from sret.model import SReT
@@ -19,7 +19,7 @@ def _default_cfg(name: str, release: Release) -> dict[str, Any]:
     config = config_of(name)
     height, width = config.input_size
     return {
-        "url": weights.drive_url(release.drive_id),
+        "url": drive.drive_url(release.drive_id),
         "num_classes": 1000,
         "input_size": (3, height, width),
         "pool_size": config.grids()[-1],
@@ -42,7 +42,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     path: Path | str | None = None
     if pretrained and not source.state_dict:
-        path = source.file or (weights.fetch(str(source.url)) if weights.is_drive_url(source.url) else None)
+        path = source.file or (drive.fetch(str(source.url)) if drive.is_drive_url(source.url) else None)
 
     def build(cfg: ModelConfig, **options: Any) -> SReT:
         names = list(cfg.to_dict())

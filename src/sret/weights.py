@@ -4,14 +4,11 @@ The authors' files are pickles of `{"model": state dict, maybe "args": argparse.
 there once per pass, under every position of its stage at which it is used: with R passes, pass r of block i is
 position 2 (i R + r), and the projection that follows it the next one.
 
-They are read with `weights_only=True`, so that a file cannot run code, and fetched from the public Drive ids that the
-authors list. No checksums are published; what arrives is checked key by key and shape by shape.
+No checksums are published; what a file holds is checked key by key and shape by shape.
 """
 
-import argparse
 import functools
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -28,9 +24,8 @@ from sret.config import ModelConfig
 from sret.errors import InputError, InputWarning, some
 from sret.layers.position import resize
 from sret.model import SReT
-from sret.variants import CONFIGS, RELEASES, config_of
-
-StateDict = dict[str, Tensor]
+from sret.reading import StateDict, read_pickle, read_safetensors
+from sret.variants import CONFIGS, config_of
 
 _STEM = {f"patch_embed.{name}.": f"stem.{name}." for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
 _BLOCK = {
@@ -157,37 +152,6 @@ def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a `torch.save` file holds, if that is tensors, plain values and at most an `argparse.Namespace`.
-
-    Raises `InputError` for a truncated or foreign file and for one that would run code.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(_refusal(path)) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise InputError(f"{path}: not a PyTorch checkpoint, or a truncated one") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
-def _refusal(path: str | os.PathLike[str]) -> str:
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip archive, or not even a pickle: nothing to name
-        return f"{path}: not a PyTorch checkpoint, or one that would run code; it was not loaded"
-    unsafe = [name for name in unsafe if name != "argparse.Namespace"]
-    return (
-        f"{path}: refused, it holds {', '.join(unsafe) or 'objects'} beside tensors, which could run code when loaded; "
-        "only tensors, plain values and argparse.Namespace are accepted"
-    )
-
-
 def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
     """The authors' state dict in a file, and the name of the model it was trained as if the file holds that.
 
@@ -252,19 +216,6 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> StateDict:
     return from_official(state_dict, fitted(config, state_dict))
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises `InputError` if it is not a whole one."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
-        raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
-
-
 def fitted(config: ModelConfig, official: Mapping[str, Tensor]) -> ModelConfig:
     """`config` with the classes, channels and image size that the authors' state dict is made for."""
     changes: dict[str, Any] = {"num_classes": 0}
@@ -303,46 +254,3 @@ def load_strictly(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
     if wrong:
         raise InputError(f"these weights do not fit the model: {some(wrong)}")
     model.load_state_dict(state_dict)
-
-
-def drive_url(drive_id: str) -> str:
-    """Where a public Drive file is looked at and fetched."""
-    return f"https://drive.google.com/uc?id={drive_id}"
-
-
-def is_drive_url(url: object) -> bool:
-    """Whether an address is one that `drive_url` makes."""
-    return isinstance(url, str) and url.startswith(drive_url(""))
-
-
-def cache_dir() -> Path:
-    """Where fetched files are kept: under torch's hub directory, as timm's are."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / "sret"
-
-
-def fetch(url: str) -> Path:
-    """The local copy of a published checkpoint, downloaded on first use.
-
-    Raises `InputError` saying how to do it by hand if the download fails; a partial download leaves nothing behind.
-    """
-    import gdown
-
-    drive_id = url.removeprefix(drive_url(""))
-    name = next((name for name, release in RELEASES.items() if release.drive_id == drive_id), drive_id)
-    path = cache_dir() / f"{name}.pth"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        gdown.download(url=url, output=str(partial), quiet=False)
-        read_official(partial)  # Drive answers with a page of text when a quota is exceeded: never cache that
-        partial.replace(path)
-    except Exception as error:
-        raise InputError(
-            f"could not fetch {name} from {url} ({error}); open that address in a browser, save the file "
-            f"and use sret.load_official(FILE), or put it at {path}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

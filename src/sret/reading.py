@@ -1,0 +1,59 @@
+"""Files of weights, read so that they cannot run code, with errors that name the file and what is wrong with it."""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sret.errors import InputError
+
+StateDict = dict[str, Tensor]
+
+
+def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a `torch.save` file holds, if that is tensors, plain values and at most an `argparse.Namespace`.
+
+    Raises `InputError` for a truncated or foreign file and for one that would run code.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(_refusal(path)) from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise InputError(f"{path}: not a PyTorch checkpoint, or a truncated one") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def _refusal(path: str | os.PathLike[str]) -> str:
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip archive, or not even a pickle: nothing to name
+        return f"{path}: not a PyTorch checkpoint, or one that would run code; it was not loaded"
+    unsafe = [name for name in unsafe if name != "argparse.Namespace"]
+    return (
+        f"{path}: refused, it holds {', '.join(unsafe) or 'objects'} beside tensors, which could run code when loaded; "
+        "only tensors, plain values and argparse.Namespace are accepted"
+    )
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises `InputError` if it is not a whole one."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
+        raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
