@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from sret.errors import InputError, nearest
+from sret.layers.attention import slice_lengths
 from sret.layers.permute import PermutationKind
 from sret.layers.stem import STEM_STRIDES
 
@@ -67,11 +68,10 @@ class StageConfig:
     def check(self, num_tokens: int) -> None:
         """Raises `InputError` if `num_tokens` cannot form the slices of some pass."""
         for recursion, num_groups in enumerate(self.groups):
-            if num_groups > num_tokens:
-                raise InputError(
-                    f"groups {self.groups}, pass {recursion + 1}: {num_tokens} token(s) cannot form {num_groups} "
-                    f"slices; try at most {num_tokens}, or a larger img_size"
-                )
+            try:
+                slice_lengths(num_tokens, num_groups)
+            except InputError as error:
+                raise InputError(f"groups {self.groups}, pass {recursion + 1}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def slice_lengths(num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
     """
     if not 1 <= num_groups <= num_tokens:
         raise InputError(
-            f"{num_tokens} tokens cannot form {num_groups} slices; use 1 to {num_tokens} slices, or a larger image"
+            f"{num_tokens} token(s) cannot form {num_groups} slices; try at most {num_tokens}, or a larger image"
         )
     length, longer = divmod(num_tokens, num_groups)
     cuts = [(longer, length + 1), (num_groups - longer, length)]
