@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
         load_weights(tmp_path / "pickle.pth")
     with pytest.raises(InputError, match="no such file"):
         load_weights(tmp_path / "gone.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"run: a folder, not a file; did you mean .*best.safetensors"):
+        load_weights(tmp_path / "run")
+    spoilt = {**model.state_dict(), "head.bias": torch.full((10,), float("nan"))}
+    save_weights(tmp_path / "nan.safetensors", spoilt, card(model.config))
+    with pytest.raises(InputError, match=r"not finite, in head.bias"):
+        load_weights(tmp_path / "nan.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(InputError, match="without the metadata"):
         load_weights(tmp_path / "foreign.safetensors")
@@ -82,14 +91,15 @@ def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
             load_weights(tmp_path / "odd.safetensors")
 
 
-def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("where", "name"), [(os, "fsync"), (Path, "replace")])
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, where, name):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(where, name, full)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

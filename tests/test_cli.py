@@ -1,6 +1,8 @@
 """The command line as a user meets it: what it prints, its exit codes, and that nothing is lost."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,7 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
         (["train", "--config", DIGITS, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
+        (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
         (["train", "--config", DIGITS, "--out", "x", "--augmentation", "crops"], "'none', 'affine', 'crop'"),
@@ -141,7 +144,7 @@ def one_line(err: str) -> str:
         (["train", "--config", str(ROOT / "examples/digits/two.png"), "--out", "x"], "the recipe is not a text file"),
         (
             ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t", "--model.img_size", "96"],
-            "neither the name",
+            "as in --model.name sret_t",
         ),
         (["train", "--config", DIGITS, "--out", "x", "--init", "gone.safetensors"], "gone.safetensors: no such file"),
         (["convert", "sret_tt", "x.safetensors"], "did you mean 'sret_t'?"),
@@ -208,18 +211,10 @@ def test_a_bad_picture_in_a_worker_is_one_line_too(sret, tmp_path):
 def test_two_processes_count_every_picture_once(run_folder, sret):
     best = run_folder / "best.safetensors"
     alone = json.loads(sret("eval", "--checkpoint", best, "--json")[1])
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "sret.cli", "eval", "--checkpoint", str(best), "--json", "--batch-size", "32"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, result.stderr[-2000:]
     assert lines[0]["count"] == alone["count"] == 359  # an odd number
@@ -251,6 +246,8 @@ def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, t
     assert "all: 20 pictures" in sret("eval", "--checkpoint", foreign, "--data", folder)[1]
     assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", f"{folder}/../pets")[1]
     assert "test: 4 pictures" in sret("eval", "--checkpoint", own)[1]
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "pets"))  # the same pictures under another path
+    assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", moved)[1]
     Image.new("RGB", (8, 8)).save(folder / "cat" / "new.png")  # which moves others between the splits
     code, _, err = sret("eval", "--checkpoint", own)
     assert code == 2

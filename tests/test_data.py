@@ -60,6 +60,7 @@ def test_an_undivided_folder_is_divided_the_same_way_every_time(tmp_path):
     assert [len(data.splits[name]) for name in ("train", "val", "test")] == [41, 7, 12]
     assert np.bincount(data.splits["test"].labels).tolist() == [4, 8]
     assert set(data.split("all").images) == set(tmp_path.glob("*/*.png"))
+    (tmp_path / "cat" / "._000.png").write_text("what macOS leaves")
     assert load_data(str(tmp_path)).splits == data.splits
 
 

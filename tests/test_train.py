@@ -165,15 +165,28 @@ train(RECIPE, Path(sys.argv[1]), resume="auto")
         assert {path.name for path in out.iterdir()} == set(CONTENTS)
 
 
-def test_a_run_claims_its_folder_before_it_works(tmp_path, monkeypatch):
+def test_a_run_that_did_no_step_yet_can_be_begun_again(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
-    with pytest.raises(KeyboardInterrupt):
-        train(RECIPE, tmp_path / "run")
-    with pytest.raises(InputError, match=r"holds another run \(step 0 of 8\)"):
-        train(RECIPE, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(RECIPE, tmp_path / "run")
+    assert load_state(tmp_path / "run" / STATE)["step"] == 0  # written before any work
+    train(replace(RECIPE, seed=3), tmp_path / "run", max_steps=1)
+    assert load_state(tmp_path / "run" / STATE)["config"]["seed"] == 3
+
+
+def test_folders_that_lead_astray_are_refused(tmp_path):
+    folder = make_folder(tmp_path / "photos", {"cat": 9, "dog": 9})
+    recipe = TrainConfig(model=small_config(num_classes=2), data=f"{folder}/", batch_size=4)
+    assert recipe.data == str(folder)
+    with pytest.raises(InputError, match=r"run lies in the data"):
+        train(recipe, folder / "runs" / "run")
+    make_folder(tmp_path / "deep" / "one", {"cat": 9})
+    with pytest.raises(InputError, match="has one class, 'cat'"):
+        train(replace(recipe, data=str(tmp_path / "deep" / "one")), tmp_path / "run")
 
 
 def test_git_is_not_needed(tmp_path, monkeypatch):
@@ -198,7 +211,7 @@ def test_a_finished_run_is_only_reported(whole):
 
 def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    with pytest.raises(InputError, match=r"holds another run \(step 8 of 8\); add --resume auto"):
+    with pytest.raises(InputError, match=r"holds a run already \(step 8 of 8\); add --resume auto"):
         train(RECIPE, whole)
     with pytest.raises(InputError, match=r"begun with another recipe: learning_rate was 0.003, now 0.1"):
         train(replace(RECIPE, learning_rate=0.1), whole, resume="auto")

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sret.config import ModelConfig
-from sret.errors import InputError
+from sret.errors import InputError, some
 from sret.model import SReT
 from sret.preprocess import Preprocessing
 from sret.reading import read_pickle, read_safetensors
@@ -95,6 +95,9 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
         card = Card.from_json(metadata[METADATA_KEY])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
+    spoilt = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise InputError(f"{path}: holds numbers that are not finite, in {some(spoilt)}; the file is damaged")
     model = SReT(card.config)
     try:
         load_strictly(model, state_dict)

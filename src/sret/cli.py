@@ -42,6 +42,9 @@ def _main(argv: Sequence[str]) -> int:
         except UnicodeDecodeError as error:
             raise InputError(f"the recipe is not a text file ({error})") from error
         return COMMANDS[arguments.subcommand].run(arguments[arguments.subcommand])
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        sys.stdout = None  # nothing is left to flush at exit
+        return 0
     except (InputError, OSError) as error:
         text = str(error)
         if text.startswith("Caught "):  # in a process that loads pictures: its traceback stands before the message
@@ -252,6 +255,8 @@ def _brief(message: str) -> str:
         name = next(filter(None, unknown.groups()))
         known = [field.name for kind in (TrainConfig, ModelConfig, StageConfig) for field in fields(kind)]
         known += [action.dest for command in COMMANDS.values() for action in command.parser()._actions]
+        if name in (field.name for field in fields(ModelConfig)):
+            return f"unknown option {name!r}; did you mean 'model.{name}'?"
         where = f" in {path}" if path else ""
         return f"unknown option {name!r}{where}{nearest(name.rpartition('.')[2], known)}"
     if choice := re.search(r"invalid choice: '([^']*)'", message):

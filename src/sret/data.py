@@ -263,7 +263,8 @@ def _read_classes(folder: Path) -> tuple[tuple[str, ...], Samples]:
     images: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found = (path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(path for path in found if path.is_file() and path.name[0] != ".")  # macOS leaves ._NAME.jpg
         if not files:
             raise InputError(f"{folder / name}: no pictures; remove the folder, or put pictures of that class in it")
         images += files

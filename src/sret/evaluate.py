@@ -63,13 +63,15 @@ def evaluate_on(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    trained_on = card.training.get("recipe", {}).get("data")
+    trained_on, known = card.training.get("recipe", {}).get("data"), card.training.get("data", {})
     if data_name is None and trained_on is None:
         raise InputError("this checkpoint does not say what it was trained on; name the pictures with --data")
+    if data_name is None and trained_on != "digits" and not Path(trained_on).is_dir():
+        raise InputError(f"this checkpoint was trained on {trained_on!r}, which is not here; name pictures with --data")
     data = load_data(data_name or trained_on)
     _check_classes(card, data)
-    is_own = _is_same(data.name, trained_on)
-    changed = changes(card.training.get("data", {}), data.fingerprint())
+    changed = changes(known, data.fingerprint())
+    is_own = not changed or _is_same(data.name, trained_on)
     if is_own and changed and not data.is_divided and split != "all":
         raise InputError(
             f"{data.name} has changed since training ({some(changed)}), so that its test pictures may have been "

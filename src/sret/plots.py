@@ -9,6 +9,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -17,23 +18,19 @@ def learning_curve(path: Path, rows: Sequence[dict[str, Any]], title: str) -> No
     """Losses and validation accuracy per epoch, from the lines of `metrics.jsonl`, as PNG."""
     epochs = [row["epoch"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in rows], label="training (augmented, smoothed labels)")
+    left.plot(epochs, [row["train_loss"] for row in rows], label="training")
     left.plot(epochs, [row["val_loss"] for row in rows], label="validation")
     left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     left.legend(frameon=False)
     best = max(rows, key=lambda row: (row["val_top1"], -row["val_loss"]))
     right.plot(epochs, [row["val_top1"] for row in rows], color="tab:orange")
     right.plot(best["epoch"], best["val_top1"], "o", color="tab:orange")
-    right.annotate(
-        f"best {best['val_top1']:.2f} %, epoch {best['epoch']}",
-        (best["epoch"], best["val_top1"]),
-        textcoords="offset points",
-        xytext=(0, -28),
-        ha="center",
+    right.set(
+        xlabel="epoch", ylabel="validation top-1, %", title=f"best {best['val_top1']:.2f} %, epoch {best['epoch']}"
     )
-    right.set(xlabel="epoch", ylabel="validation top-1, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -105,5 +105,5 @@ def _read(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: too large a picture ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
-        reason = "not a picture that can be read" if path.exists() else "no such file"
+        reason = "not a picture that can be read" if path.is_file() else "a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {reason}") from error

@@ -49,6 +49,9 @@ def _refusal(path: str | os.PathLike[str]) -> str:
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises `InputError` if it is not a whole one."""
     path = Path(path)
+    if path.is_dir():
+        inside = "".join(f"; did you mean {file}?" for file in sorted(path.glob("best.safetensors")))
+        raise InputError(f"{path}: a folder, not a file{inside}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

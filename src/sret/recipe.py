@@ -49,10 +49,11 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", str(Path(self.data)))  # photos/ is photos
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
-            raise InputError("model has neither the name of a published model nor stages; give one of them")
+            raise InputError("model has neither stages nor the name of a published model, as in --model.name sret_t")
         if isinstance(self.model, dict) and "name" not in self.model:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         self.model_config()

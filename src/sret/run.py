@@ -28,16 +28,22 @@ def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> d
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out names a folder")
+    if Path(data.name).is_dir() and out.resolve().is_relative_to(Path(data.name).resolve()):
+        raise InputError(
+            f"{out} lies in the data, {data.name}, where its pictures would count as data; name another --out"
+        )
     if not (out / STATE).exists():
         if present := [name for name in CONTENTS if (out / name).exists()]:
             raise InputError(f"{out} holds {', '.join(present)} of another run, without its state; name another --out")
         return None
     state = load_state(out / STATE)
+    if state.get("step") == 0:
+        return None  # nothing was done yet that could be lost
     if not {"config", "data", "step", "total_steps", "rows", "best", "model", "optimizer"} <= state.keys():
         raise InputError(f"{out / STATE} is not the state of a run of this version of sret; name another --out")
     if not may_resume:
         raise InputError(
-            f"{out} holds another run (step {state['step']} of {state['total_steps']}); "
+            f"{out} holds a run already (step {state['step']} of {state['total_steps']}); "
             "add --resume auto to continue it, or name another --out"
         )
     if changed := changes(state["config"], config.to_dict()):

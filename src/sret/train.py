@@ -180,6 +180,11 @@ def train(
 
 def fitting_model(config: TrainConfig, data: ImageData) -> ModelConfig:
     """The model of a recipe for a data set. Raises `InputError` if its classes or channels are not the data's."""
+    if len(data.class_names) < 2:
+        raise InputError(
+            f"{data.name} has one class, {data.class_names[0]!r}, and nothing to tell it from; "
+            "name the folder that holds a sub-folder per class"
+        )
     wanted = config.model_config(len(data.class_names), data.in_chans)
     if wanted.num_classes != len(data.class_names):
         raise InputError(
