@@ -113,31 +113,28 @@ def image_for(name: str, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *config_of(name).input_size)
 
 
+def check_one_graph(model: torch.nn.Module, x: torch.Tensor, backend: str) -> None:
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_variant_is_one_graph(name):
-    model, x = timm.create_model(name).eval(), image_for(name, 1)
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+    check_one_graph(timm.create_model(name).eval(), image_for(name, 1), "aot_eager")
 
 
 @pytest.mark.slow
 def test_sizes_the_slices_do_not_divide_are_one_graph_without_gathers_too():
-    model, x = timm.create_model("sret_t", permutation="strided").eval(), torch.randn(1, 3, 232, 200)
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+    model = timm.create_model("sret_t", permutation="strided").eval()
+    check_one_graph(model, torch.randn(1, 3, 232, 200), "aot_eager")
 
 
 @pytest.mark.slow
 def test_inductor_compiles_it():
-    model, x = timm.create_model("sret_t").eval(), image_for("sret_t", 1)
-    torch.compiler.reset()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-4, rtol=1e-4)
+    check_one_graph(timm.create_model("sret_t").eval(), image_for("sret_t", 1), "inductor")
 
 
 @pytest.mark.slow

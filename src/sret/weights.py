@@ -178,7 +178,7 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     sliced = [variant for variant in fitting if "unsliced" not in variant]
     if re.search(r"16[-_]14[-_]1", hint) and "sret_lt_16_14_1" in sliced:
         return "sret_lt_16_14_1"
-    # Without further words the name of a size means its sliced model; of LT two are published, distilled one.
+    # A size without further words is its sliced model. Of LT two sliced ones are published, but one distilled.
     is_told = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
     if len(fitting) > 1 and not is_told:
         warnings.warn(
