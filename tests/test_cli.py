@@ -16,8 +16,8 @@ from test_weights import Evil, official_state_dict
 
 from sret import SReT, cli, weights
 from sret.checkpoint import Card, load_weights, save_weights
-from sret.data import load_data
 from sret.preprocess import Preprocessing
+from sret.sources import load_data
 from sret.variants import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,10 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
-        (["train", "--config", DIGITS, "--out", "x", "--augmentation", "crops"], "'none', 'affine', 'crop'"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--augmentation.geometry", "x"],
+            "'crop', 'pad', 'affine', 'none'",
+        ),
         (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps: "),
         (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
         (["predict", "a.png"], "missing checkpoint"),
@@ -204,7 +207,10 @@ def test_a_bad_picture_in_a_worker_is_one_line_too(sret, tmp_path):
     for workers in (0, 1):
         code, _, err = sret("eval", "--checkpoint", two, "--data", folder, "--num-workers", workers)
         assert code == 2
-        assert one_line(err) == f"sret: error: {folder}/cat/001.png: not a picture that can be read\n"
+        assert one_line(err) == (
+            f"sret: error: {folder}/cat/001.png: not a picture that can be read; mend or remove what is broken, or "
+            "allow for it with a larger max_corrupt\n"
+        )
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from sret import InputError
-from sret.data import EpochBatches, ImageDataset, load_data, seeded
+from sret.augment import Augmentation
+from sret.data import UNREADABLE, ImageData, ImageDataset, Samples, TrainDataset, Unreadable
 from sret.preprocess import Preprocessing
+from sret.sampling import Draw
+from sret.sources import load_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
@@ -61,7 +64,9 @@ def test_an_undivided_folder_is_divided_the_same_way_every_time(tmp_path):
     assert np.bincount(data.splits["test"].labels).tolist() == [4, 8]
     assert set(data.split("all").images) == set(tmp_path.glob("*/*.png"))
     (tmp_path / "cat" / "._000.png").write_text("what macOS leaves")
-    assert load_data(str(tmp_path)).splits == data.splits
+    assert load_data(str(tmp_path)).fingerprint() == data.fingerprint()
+    again = load_data(str(tmp_path)).splits
+    assert all(list(again[name].images) == list(data.splits[name].images) for name in again)
 
 
 def test_a_divided_folder_is_taken_as_it_is(tmp_path):
@@ -98,44 +103,6 @@ def test_data_that_cannot_be_is_refused(tmp_path):
     make_folder(tmp_path / "odd" / "val", {"a": 3, "c": 3})
     with pytest.raises(InputError, match="differ in their classes: b; c"):
         load_data(str(tmp_path / "odd"))
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_picture():
-    samples = load_data("digits").split("train")
-
-    def draw(seed: int, epoch: int, index: int) -> torch.Tensor:
-        dataset = ImageDataset(samples, GREY, "affine", seed)
-        dataset.set_epoch(epoch)
-        return dataset[index][0]
-
-    torch.manual_seed(1)
-    first = draw(0, 0, 3)
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    assert torch.equal(draw(0, 0, 3), first)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(draw(0, 1, 3), first)
-    assert not torch.equal(draw(1, 0, 3), first)
-    plain = ImageDataset(samples, GREY)
-    assert torch.equal(plain[3][0], plain[3][0])
-    assert not torch.equal(plain[3][0], first)
-
-
-def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
-    def order(seed: int, epoch: int, first: int = 0, rank: int = 0, num_ranks: int = 1) -> list[list[int]]:
-        batches = EpochBatches(103, 10, seed, rank, num_ranks)
-        batches.start_at(epoch, first)
-        return list(batches)
-
-    assert order(0, 0) == order(0, 0)
-    flat = [i for batch in order(0, 0) for i in batch]
-    assert len(set(flat)) == len(flat) == 100
-    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
-    assert order(0, 1, first=4) == order(0, 1)[4:]
-    shares = zip(order(0, 1, rank=0, num_ranks=2), order(0, 1, rank=1, num_ranks=2), strict=True)
-    assert [sorted(a + b) for a, b in shares] == [sorted(batch) for batch in order(0, 1)]
-    with pytest.raises(InputError, match="batch_size 10 does not divide by 3 processes"):
-        EpochBatches(100, 10, 0, 0, 3)
 
 
 def test_a_fingerprint_tells_what_changed(tmp_path):
@@ -180,36 +147,6 @@ def test_evaluation_keeps_the_share_of_the_picture_it_says():
         assert x.mean().item() == pytest.approx(share, abs=0.02)
 
 
-def test_affine_sees_what_evaluation_sees():
-    wide = Image.new("L", (80, 40), 0)
-    wide.paste(255, (0, 0, 15, 40))  # a white edge that the centre crop leaves out
-    assert GREY.transform()(wide).max() < -0.9
-    assert max(GREY.transform("affine")(wide).max().item() for _ in range(20)) < -0.9
-
-
-def test_seeded_restores_all_generators():
-    import random
-
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    draws = []
-    for _ in range(2):
-        with seeded((1, 2)):
-            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
-    assert draws[0] == draws[1]
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
-
-
-def test_photos_are_cropped_at_random_in_training_only(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / "noise.png")
-    rgb = Preprocessing(img_size=(32, 24), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
-    picture = rgb.load(tmp_path / "noise.png")
-    assert rgb.transform()(picture).shape == (3, 32, 24)
-    assert torch.equal(rgb.transform()(picture), rgb.transform()(picture))
-    assert not torch.equal(rgb.transform("crop")(picture), rgb.transform("crop")(picture))
-
-
 def test_pictures_of_any_mode_become_the_model_s(tmp_path):
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"):
         image = Image.new(mode, (8, 8))
@@ -236,3 +173,78 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
 def test_pixels_undo_the_normalisation():
     x = torch.rand(2, 1, 4, 4)
     torch.testing.assert_close(GREY.pixels((x - 0.5) / 0.5), x)
+
+
+def test_training_pictures_are_a_function_of_seed_and_draw():
+    samples = load_data("digits").split("train")
+    affine = Augmentation(geometry="affine", flip=False)
+
+    def draw(seed: int, *place: int) -> torch.Tensor:
+        return TrainDataset(samples, GREY, affine, seed)[Draw(*place)][0]
+
+    torch.manual_seed(1)
+    first = draw(0, 3, 0)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert torch.equal(draw(0, 3, 0), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(draw(0, 3, 1), first)
+    assert not torch.equal(draw(0, 3, 0, 1), first)
+    assert not torch.equal(draw(1, 3, 0), first)
+    plain = ImageDataset(samples, GREY)
+    assert torch.equal(plain[3][0], plain[3][0])
+    assert not torch.equal(plain[3][0], first)
+
+
+def broken_folder(tmp_path: Path) -> ImageData:
+    folder = make_folder(tmp_path / "pets", {"cat": 6, "dog": 6})
+    for i in (1, 2):
+        (folder / "cat" / f"{i:03d}.png").write_text("no picture")
+    return load_data(str(folder))
+
+
+def test_evaluation_marks_what_it_cannot_read(tmp_path):
+    data = broken_folder(tmp_path)
+    rgb = Preprocessing(img_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    items = list(map(ImageDataset(data.split("all"), rgb).__getitem__, range(12)))
+    assert [i for i, (_, label, _) in enumerate(items) if label == UNREADABLE] == [1, 2]
+    assert [i for i, (_, _, error) in enumerate(items) if "not a picture" in error] == [1, 2]
+
+
+def test_training_takes_the_next_picture_for_one_it_cannot_read(tmp_path):
+    data = broken_folder(tmp_path)
+    rgb = Preprocessing(img_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    none = Augmentation(geometry="none", flip=False)
+    dataset = TrainDataset(data.split("all"), rgb, none, max_corrupt=2)
+    x, label, errors = dataset[Draw(1, 0)]
+    assert torch.equal(x, dataset[Draw(3, 0)][0])
+    assert label == 0
+    assert [line.partition(":")[0][-7:] for line in errors.splitlines()] == ["001.png", "002.png"]
+    assert dataset[Draw(0, 0)][2] == ""
+    with pytest.raises(InputError, match=r"more pictures than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
+        TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[Draw(1, 0)]
+
+
+def test_unreadable_pictures_are_named_once_and_counted():
+    unreadable = Unreadable(2)
+    with pytest.warns(UserWarning, match="a: bad; skipped, number 1 of at most 2"):
+        unreadable.note(["", "a: bad"])
+    with pytest.warns(UserWarning, match="b: bad; skipped, number 2 of at most 2"):
+        unreadable.note(["a: bad", "a: bad\nb: bad"])
+    with pytest.raises(InputError, match=r"more pictures than max_corrupt 2 cannot be read: a: bad; b: bad; c: bad;"):
+        unreadable.note(["c: bad"])
+
+
+def test_channels_and_crop_are_read_off_the_pictures():
+    def of(*pictures: Image.Image) -> ImageData:
+        return ImageData.of("x", {"all": Samples(pictures, [0] * len(pictures))}, ["a"])
+
+    grey, red = Image.new("L", (9, 9)), Image.new("RGB", (9, 9))
+    assert (of(grey, grey).in_chans, of(grey, red).in_chans) == (1, 3)
+    assert of(red, red).crop_pct == 1.0  # squares of one size
+    assert of(red, Image.new("RGB", (10, 10))).crop_pct == 0.875
+    assert of(Image.new("RGB", (9, 8))).crop_pct == 0.875
+    with pytest.raises(InputError, match="its all split holds no pictures"):
+        of()
+    with pytest.raises(InputError, match=r"label\(s\) 1 in all, but there are 1 classes, numbered from 0"):
+        ImageData.of("x", {"all": Samples([grey], [1])}, ["a"])

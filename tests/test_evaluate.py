@@ -1,8 +1,11 @@
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sret import InputError
+from sret.data import UNREADABLE, Unreadable
 from sret.evaluate import evaluate
 
 
@@ -10,8 +13,10 @@ def test_metrics_are_those_of_all_pictures_at_once():
     logits, labels = torch.randn(37, 8), torch.randint(8, (37,))
     model = nn.Identity().train()
     for batch_size in (1, 10, 37):
-        batches = list(zip(logits.split(batch_size), labels.split(batch_size), strict=True))
-        metrics = evaluate(model, batches, Accelerator())
+        batches = [
+            (x, y, [""] * len(y)) for x, y in zip(logits.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+        metrics = evaluate(model, batches, Accelerator(), Unreadable(0))
         ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # how many classes are likelier
         assert metrics.count == 37
         assert abs(metrics.top1 - 100 * (ranks == 0).double().mean().item()) < 1e-9
@@ -19,3 +24,16 @@ def test_metrics_are_those_of_all_pictures_at_once():
         assert metrics.top1 < metrics.top5 < 100
         torch.testing.assert_close(metrics.loss, cross_entropy(logits.double(), labels).item(), atol=1e-6, rtol=0)
         assert model.training
+
+
+def test_pictures_that_cannot_be_read_do_not_count():
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, UNREADABLE, 2, UNREADABLE, 0])
+    errors = ["", "", "c: bad", "", "e: bad", ""]
+    read = labels != UNREADABLE
+    with pytest.warns(UserWarning, match="c: bad; skipped"):
+        metrics = evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(2))
+    assert metrics == evaluate(nn.Identity(), [(logits[read], labels[read], [""])], Accelerator(), Unreadable(0))
+    with pytest.raises(InputError, match="more pictures than max_corrupt 1"):
+        evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(1))
+    with pytest.raises(InputError, match="none of the pictures"):
+        evaluate(nn.Identity(), [(logits[:1], labels[2:3], [""])], Accelerator(), Unreadable(0))

@@ -1,10 +1,12 @@
 """Training by its properties: it learns, resumes to the bit, selects on validation only, and overwrites nothing."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,20 @@ from conftest import small_config
 from safetensors.torch import load_file
 from test_data import make_folder
 
-from sret import InputError, ModelConfig, StageConfig, run
+from sret import InputError, ModelConfig, SReT, StageConfig, run
+from sret.augment import Augmentation
 from sret.checkpoint import load_state, load_weights
-from sret.optim import adamw, cosine_with_warmup
-from sret.recipe import TrainConfig, changes
-from sret.run import BEST, CONTENTS, LAST, METRICS, STATE
+from sret.optim import make_optimizer, make_schedule
+from sret.recipe import Distillation, Launch, TrainConfig, changes
+from sret.report import merit
+from sret.run import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
+from sret.soft_labels import write_soft_labels
+from sret.sources import load_data
 from sret.train import train
 from sret.variants import config_of
 
+AFFINE = Augmentation(geometry="affine", flip=False)
+NONE = Augmentation(geometry="none", flip=False)
 MODEL = ModelConfig(
     stages=(
         StageConfig(embed_dim=16, num_heads=2, num_blocks=1, groups=(4, 2), mlp_ratio=2.0),
@@ -33,9 +41,7 @@ MODEL = ModelConfig(
     drop_rate=0.1,
     drop_path_rate=0.2,
 )
-RECIPE = TrainConfig(
-    model=MODEL, epochs=2, batch_size=256, learning_rate=3e-3, warmup_epochs=0.5, augmentation="affine"
-)
+RECIPE = TrainConfig(model=MODEL, epochs=2, batch_size=256, learning_rate=3e-3, warmup_epochs=0.5, augmentation=AFFINE)
 STEPS = 2 * (1222 // 256)
 
 
@@ -57,8 +63,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[-1]["step"] == STEPS
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
-    for name in CONTENTS[-2:]:
-        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    assert (whole / REPORT).read_bytes().startswith(b"\x89PNG")
     model, card = load_weights(whole / BEST)
     assert model.config == MODEL
     assert card.class_names == tuple("0123456789")
@@ -88,39 +93,97 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(whole, tmp_p
 
 
 def test_workers_do_not_change_the_result(whole, tmp_path):
-    train(RECIPE, tmp_path / "run", num_workers=2, max_steps=STEPS)
+    train(RECIPE, tmp_path / "run", max_steps=STEPS, launch=Launch(num_workers=2))
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
 
 
-def after_one_step(out: Path, **changes: object) -> dict[str, torch.Tensor]:
-    train(replace(RECIPE, **changes), out, max_steps=1)
+def after(steps: int, out: Path, **changes: object) -> dict[str, torch.Tensor]:
+    train(replace(RECIPE, **changes), out, max_steps=steps)
     return weights(out)
 
 
-def test_every_setting_counts(tmp_path):
-    """One step under another value of each setting ends elsewhere; under the same values it ends in the same bits."""
-    settings = {
-        "seed": 1,
-        "batch_size": 128,
-        "learning_rate": 1e-3,
-        "warmup_epochs": 0,
-        "weight_decay": 5.0,
-        "label_smoothing": 0.0,
-        "clip_grad": 1e-6,
-        "augmentation": "none",
-        "mixed_precision": "bf16",
-    }
-    plain = after_one_step(tmp_path / "plain")
-    again = after_one_step(tmp_path / "again")
+# Another value of every field of a recipe, and of the fields it holds, by which three steps end elsewhere.
+OTHER_VALUES = {
+    "model": replace(MODEL, drop_rate=0.5),
+    "init": "weights of a run",
+    "epochs": 3,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "learning_rate": 1e-3,
+    "min_learning_rate": 2e-3,
+    "warmup_epochs": 0,
+    "weight_decay": 5.0,
+    "layer_decay": 0.5,
+    "freeze": ("stages.1",),
+    "clip_grad": 1e-6,
+    "augmentation.geometry": "pad",
+    "augmentation.min_scale": 0.9,
+    "augmentation.flip": True,
+    "augmentation.color_jitter": 0.9,
+    "augmentation.random_erasing": 1.0,
+    "augmentation.repeats": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing": 0.0,
+    "distillation.teacher": "weights of a run",
+    "distillation.temperature": 9.0,
+    "soft_labels": "labels by a run",
+    "seed": 1,
+    "mixed_precision": "bf16",
+}
+# What these decide is shown by a test of their own, in this file or another.
+SHOWN_ELSEWHERE = {
+    "data",
+    "augmentation.auto_augment",  # needs colours: test_augment.py
+    "distillation.teacher_weights",  # test_distill.py
+    "ema_decay",
+    "patience",
+    "max_corrupt",
+}
+
+
+def test_every_setting_counts(whole, tmp_path):
+    """Three steps under another value of each setting end elsewhere, and under the same values in the same bits."""
+    plain, again = after(3, tmp_path / "plain"), after(3, tmp_path / "again")
     assert all(torch.equal(again[key], plain[key]) for key in plain)
-    for name, value in settings.items():
-        changed = after_one_step(tmp_path / name, **{name: value})
-        assert not torch.equal(changed["head.weight"], plain["head.weight"]), name
+    cropped = after(3, tmp_path / "cropped", augmentation=Augmentation())
+    distilled = after(
+        2, tmp_path / "distilled", label_smoothing=0.0, distillation=Distillation(teacher=str(whole / BEST))
+    )
+    list(write_soft_labels(tmp_path / "labels", "digits", Distillation(teacher=str(whole / BEST)), crops=1))
+    for name, value in OTHER_VALUES.items():
+        field, _, part = name.partition(".")
+        before = plain
+        if name == "init":
+            changes: dict[str, object] = {"init": whole / BEST}
+        elif name == "soft_labels":
+            changes = {"soft_labels": tmp_path / "labels", "augmentation": NONE, "label_smoothing": 0.0}
+        elif field == "augmentation":
+            changes = {"augmentation": replace(AFFINE, **{part: value})}
+            if part == "min_scale":  # of the geometry that has one
+                changes, before = {"augmentation": Augmentation(min_scale=value)}, cropped
+        elif field == "distillation":
+            temperature = value if part == "temperature" else 1.0
+            changes = {"label_smoothing": 0.0}
+            changes["distillation"] = Distillation(teacher=str(whole / BEST), temperature=temperature)
+            before = distilled if part == "temperature" else plain
+        else:
+            changes = {name: value}
+        changed = after(3, tmp_path / name, **changes)
+        assert not torch.equal(changed["head.weight"], before["head.weight"]), name
+
+
+def test_no_field_of_a_recipe_is_without_effect():
+    """Of every field a test shows what it does: a new one belongs in a list above."""
+    nested = {"augmentation": Augmentation, "distillation": Distillation}
+    names = {field.name for field in fields(TrainConfig)} - nested.keys()
+    names |= {f"{name}.{field.name}" for name, kind in nested.items() for field in fields(kind)}
+    assert names == OTHER_VALUES.keys() | SHOWN_ELSEWHERE
 
 
 def test_the_rate_follows_the_schedule(tmp_path):
-    recipe = replace(RECIPE, epochs=3, warmup_epochs=1)
+    recipe = replace(RECIPE, epochs=3, warmup_epochs=1, min_learning_rate=1e-4)
     seen = []
     step = torch.optim.AdamW.step
 
@@ -131,8 +194,10 @@ def test_the_rate_follows_the_schedule(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", record)
         train(recipe, tmp_path / "run")
-    assert seen == [recipe.learning_rate * cosine_with_warmup(k, 12, 4) for k in range(12)]
-    assert seen[-1] < 0.1 * max(seen)
+    peak, low = recipe.learning_rate, recipe.min_learning_rate
+    warm = [peak * (0.001 + 0.999 * k / 4) for k in range(4)]
+    cosine = [low + (peak - low) * (1 + math.cos(math.pi * k / 12)) / 2 for k in range(4, 12)]
+    assert seen == pytest.approx(warm + cosine)
 
 
 def test_a_run_killed_while_saving_goes_on_to_the_same_bits(whole, tmp_path):
@@ -257,7 +322,7 @@ def test_a_folder_of_photos_and_weights_to_start_from(tmp_path):
 
 
 def test_a_named_variant_takes_classes_and_channels_from_the_data(tmp_path):
-    train(TrainConfig(model="sret_t", data="digits", batch_size=4, augmentation="none"), tmp_path, max_steps=1)
+    train(TrainConfig(model="sret_t", data="digits", batch_size=4, augmentation=NONE), tmp_path, max_steps=1)
     config = load_weights(tmp_path / LAST)[0].config
     assert (config.num_classes, config.in_chans) == (10, 1)
 
@@ -285,6 +350,12 @@ def test_a_named_variant_can_be_changed():
         ("warmup_epochs", -1),
         ("weight_decay", -0.1),
         ("clip_grad", 0.0),
+        ("min_learning_rate", 1.0),
+        ("layer_decay", 1.0),
+        ("ema_decay", 0.0),
+        ("patience", 0),
+        ("mixup", -1.0),
+        ("max_corrupt", -1),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(field, value):
@@ -297,18 +368,119 @@ def test_changes_between_recipes_are_named_with_their_place():
     assert changes(RECIPE.to_dict(), other.to_dict()) == ["epochs was 2, now 3", "model.drop_rate was 0.1, now 0.0"]
 
 
-def test_the_schedule_warms_up_and_falls_to_nothing():
-    rates = [cosine_with_warmup(step, 100, 10) for step in range(100)]
-    assert rates[0] > 0
-    assert rates[:10] == sorted(rates[:10])
-    assert max(rates) == rates[10] == 1
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.001
-    assert cosine_with_warmup(0, 5, 0) == 1
+def groups_of(model: SReT, **changes: object) -> list[dict]:
+    return make_optimizer(model, replace(RECIPE, **changes)).param_groups
 
 
 def test_the_optimizer_decays_matrices_only(model):
-    groups = adamw(model, 1e-3, 0.05).param_groups
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    decayed = {id(p) for group in groups_of(model) if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and name != "pos_embed.weight"), name
+
+
+def test_layer_decay_slows_the_lower_layers(model):
+    optimizer = make_optimizer(model, replace(RECIPE, layer_decay=0.5))
+    make_schedule(optimizer, replace(RECIPE, warmup_epochs=0), 4).step_update(0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rate = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert rate["head.weight"] == RECIPE.learning_rate
+    blocks = [f"stages.{s}.recursions.{i}.block.attn.branch.qkv.weight" for s, i in ((0, 0), (1, 0), (1, 1), (2, 0))]
+    path = [rate["stem.conv1.weight"], *(rate[name] for name in blocks), rate["head.weight"]]
+    ratios = [a / b for a, b in pairwise(path)]
+    assert ratios == pytest.approx([0.5] * len(ratios))
+
+
+def test_frozen_parts_stay(tmp_path):
+    """Weights and BatchNorm statistics alike; a part that is not there is refused."""
+    train(RECIPE, tmp_path / "first", max_steps=1)
+    recipe = replace(RECIPE, init=tmp_path / "first" / LAST, freeze=("stem", "stages.0"))
+    train(recipe, tmp_path / "run", max_steps=3)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "run")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {key for key in before if not key.startswith(("stem.", "stages.0."))}
+    with pytest.raises(InputError, match=r"the model has no part 'stage'; it has stem, pos_embed, stages, norm, head"):
+        train(replace(RECIPE, freeze=("stage",)), tmp_path / "no")
+    with pytest.raises(InputError, match="nothing is left to train"):
+        train(replace(RECIPE, freeze=("stem", "pos_embed", "stages", "norm", "head")), tmp_path / "no")
+
+
+def test_the_moving_average_is_evaluated_kept_and_resumed(tmp_path):
+    recipe = replace(RECIPE, ema_decay=0.9)
+    train(recipe, tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / METRICS).read_text().splitlines()]
+    assert all(row["ema_loss"] != row["val_loss"] for row in rows)
+    state = load_state(tmp_path / "whole" / STATE)
+    last = load_file(tmp_path / "whole" / LAST)
+    assert all(torch.equal(last[key], tensor) for key, tensor in state["ema"].items())
+    assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
+    assert load_weights(tmp_path / "whole" / BEST)[1].training["metrics"] == max(rows, key=merit)
+    train(recipe, tmp_path / "run", max_steps=3)
+    train(recipe, tmp_path / "run", resume="auto")
+    assert all(torch.equal(last[key], tensor) for key, tensor in weights(tmp_path / "run").items())
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path):
+    recipe = replace(RECIPE, epochs=9, learning_rate=1e-12, freeze=("stem",), patience=2)
+    train(recipe, tmp_path / "run")
+    rows = (tmp_path / "run" / METRICS).read_text().splitlines()
+    state = load_state(tmp_path / "run" / STATE)
+    assert len(rows) == state["best"]["epoch"] + 2 < 9
+    train(recipe, tmp_path / "run", resume="auto")  # has ended, and stays so
+    assert (tmp_path / "run" / METRICS).read_text().splitlines() == rows
+
+
+def test_unreadable_pictures_are_skipped_up_to_the_limit(tmp_path):
+    folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 12})
+    for split in ("train", "val"):
+        broken = load_data(str(folder)).split(split).images[0]
+        broken.write_text("no picture")
+    recipe = TrainConfig(
+        model=small_config(num_classes=2), data=str(folder), epochs=2, batch_size=8, max_corrupt=2, warmup_epochs=0
+    )
+    with pytest.warns(UserWarning, match="not a picture that can be read; skipped, number 2 of at most 2"):
+        train(recipe, tmp_path / "run")
+    assert len(load_state(tmp_path / "run" / STATE)["unreadable"]) == 2
+    with pytest.raises(InputError, match="more pictures than max_corrupt 1 cannot be read"):
+        train(replace(recipe, max_corrupt=1), tmp_path / "strict")
+    with pytest.raises(InputError, match=r"png: not a picture that can be read; mend or remove"):
+        train(replace(recipe, max_corrupt=0), tmp_path / "stricter")
+
+
+def test_accumulation_computes_the_same_step(tmp_path):
+    """With the stem's BatchNorm frozen, and without dropout, parts of a step add up to the step; mixing included."""
+    plain = replace(MODEL, drop_rate=0.0, drop_path_rate=0.0)
+    recipe = replace(RECIPE, model=plain, optimizer="sgd", freeze=("stem",), mixup=0.8, cutmix=1.0)
+    train(recipe, tmp_path / "whole", max_steps=4)
+    train(recipe, tmp_path / "parts", max_steps=4, launch=Launch(accumulation=4))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+
+
+def test_recomputing_activations_changes_nothing(whole, tmp_path):
+    train(RECIPE, tmp_path / "run", launch=Launch(grad_checkpointing=True))
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
+
+
+def test_trackers_receive_the_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(RECIPE, tmp_path / "run", launch=Launch(trackers=("tensorboard",)))
+    log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [event.value for event in log.Scalars("val/top1")] == pytest.approx([row["val_top1"] for row in rows])
+    assert log.Scalars("train/loss")[-1].step == STEPS
+    with pytest.raises(InputError, match="nonesuch"):
+        train(RECIPE, tmp_path / "no", launch=Launch(trackers=("nonesuch",)))
+
+
+def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="shard divides the model among processes, and there is one"):
+        train(RECIPE, tmp_path / "run", launch=Launch(shard=True))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="accelerate was asked for FSDP, which this command does not use"):
+        train(RECIPE, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for name, value in (("num_workers", -1), ("accumulation", 0), ("save_every", 0)):
+        with pytest.raises(InputError, match=f"{name} is {value}"):
+            Launch(**{name: value})

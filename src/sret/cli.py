@@ -19,9 +19,10 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
+from sret.augment import Augmentation
 from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError, InputWarning, nearest
-from sret.recipe import TrainConfig
+from sret.recipe import Distillation, Launch, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,8 @@ def _main(argv: Sequence[str]) -> int:
         print(f"sret: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"sret: error: this command needs {error.name}; run: pip install 'sret[train]'", file=sys.stderr)
+        extra = "data" if error.name in ("datasets", "pyarrow") else "train"
+        print(f"sret: error: this needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume auto goes on from the last completed epoch" if argv[:1] == ["train"] else ""
@@ -76,7 +78,8 @@ def _add_train(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder that receives the run")
     parser.add_argument("--resume", type=Literal["auto"] | None, help="auto: continue the run in --out if there is one")
     parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many optimizer steps in all")
-    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load pictures")
+    parser.add_argument("--dry_run", action="store_true", help="check data, model, speed and disk, and leave nothing")
+    parser.add_class_arguments(Launch, as_group=False)
 
 
 def _train(arguments: Namespace) -> int:
@@ -85,8 +88,17 @@ def _train(arguments: Namespace) -> int:
     values = {field.name: arguments[field.name] for field in fields(TrainConfig)}
     if isinstance(values["model"], dict):  # what came from the line is still text
         values["model"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["model"].items()}
+    values["augmentation"] = Augmentation(**values["augmentation"].as_dict())
+    if values["distillation"] is not None:
+        values["distillation"] = Distillation(**values["distillation"].as_dict())
     recipe = TrainConfig(**values)
-    train(recipe, arguments.out, arguments.resume, arguments.max_steps, arguments.num_workers)
+    launch = Launch(**{field.name: arguments[field.name] for field in fields(Launch)})
+    if arguments.dry_run:
+        from sret.rehearsal import rehearse
+
+        rehearse(recipe, arguments.out, arguments.resume, launch)
+    else:
+        train(recipe, arguments.out, arguments.resume, arguments.max_steps, launch)
     return 0
 
 
@@ -95,7 +107,7 @@ def _train(arguments: Namespace) -> int:
 
 def _add_eval(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
-    parser.add_argument("--data", type=str | None, help="'digits' or a folder; by default what it was trained on")
+    parser.add_argument("--data", type=str | None, help="as in sret train; by default what it was trained on")
     parser.add_argument(
         "--split",
         type=Literal["train", "val", "test", "all"] | None,
@@ -105,6 +117,9 @@ def _add_eval(parser: ArgumentParser) -> None:
         "--batch_size", type=PositiveInt, default=64, help="pictures at a time; the result does not depend on it"
     )
     parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load pictures")
+    parser.add_argument(
+        "--max_corrupt", type=NonNegativeInt, default=0, help="pictures that may be left out as unreadable"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -116,7 +131,13 @@ def _eval(arguments: Namespace) -> int:
     from accelerate import PartialState
 
     metrics, data, split = evaluate_on(
-        model, card, arguments.data, arguments.split, arguments.batch_size, arguments.num_workers
+        model,
+        card,
+        arguments.data,
+        arguments.split,
+        arguments.batch_size,
+        arguments.num_workers,
+        arguments.max_corrupt,
     )
     if not PartialState().is_main_process:
         return 0

@@ -1,42 +1,57 @@
-"""Labelled pictures under one name: the embedded digits, or a folder with a sub-folder per class."""
+"""Labelled pictures: a data set, how it is divided, and its pictures as tensors for evaluation and for training."""
 
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from sret.errors import InputError, some
-from sret.preprocess import Augmentation, Preprocessing
+from sret.augment import Augmentation
+from sret.errors import InputError, InputWarning, some
+from sret.preprocess import Picture, Preprocessing, header
+from sret.sampling import Draw, seeded
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
+SPLITS = ("train", "val", "test")
 TEST_SHARE = 0.2  # of all pictures
 VAL_SHARE = 0.15  # of what the test split leaves
+LOOKED_AT = 64  # pictures that tell what all are like
+UNREADABLE = -1  # the label of a picture that could not be read
+
+
+class Images(Protocol):
+    """Pictures that are fetched when asked for: a source may hold more of them than memory does."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Picture: ...
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures, as files or as PIL images, and their labels (indices into the class names)."""
+    """Pictures and their labels (indices into the class names).
 
-    images: Sequence[Path | Image.Image]
+    Attributes:
+        images: what `Preprocessing.load` takes, one at a time; it may be lazy.
+        names: what tells the pictures apart, cheap to read; empty where a source has nothing of the kind.
+    """
+
+    images: Images
     labels: Sequence[int]
+    names: Sequence[str] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Sequence[int]) -> "Samples":
-        return Samples([self.images[i] for i in indices], [self.labels[i] for i in indices])
+        names = [self.names[i] for i in indices] if self.names else ()
+        return Samples(Subset(cast(Any, self.images), indices), [self.labels[i] for i in indices], names)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,33 @@ class ImageData:
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     crop_pct: float = 0.875
+
+    @classmethod
+    def of(cls, name: str, given: dict[str, Samples], class_names: Sequence[str]) -> "ImageData":
+        """A data set whose channels and crop are read off a few of its pictures.
+
+        Pictures are grey (one channel) if all looked at are; they are not cropped if all are squares of one size, as
+        in CIFAR, whose margins then matter.
+
+        Raises `InputError` for a split without pictures, and for a label without a class name.
+        """
+        for split, samples in given.items():
+            if not len(samples):
+                raise InputError(f"{name}: its {split} split holds no pictures")
+            odd = sorted({int(label) for label in np.unique(samples.labels)} - set(range(len(class_names))))
+            if odd:
+                raise InputError(
+                    f"{name}: label(s) {some([str(label) for label in odd])} in {split}, but there are "
+                    f"{len(class_names)} classes, numbered from 0"
+                )
+        images = next(iter(given.values())).images
+        looked_at = [images[i] for i in np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).astype(int)]
+        headers = [found for found in map(header, looked_at) if found is not None]
+        is_grey = bool(headers) and all(mode in ("1", "L", "I", "I;16") for mode, _ in headers)
+        sizes = {size for _, size in headers}
+        is_uniform = len(sizes) == 1 and all(width == height for width, height in sizes)
+        stats = {"mean": (0.5,), "std": (0.5,)} if is_grey else {}
+        return cls(name, given, tuple(class_names), **stats, crop_pct=1.0 if is_uniform else 0.875)
 
     @property
     def in_chans(self) -> int:
@@ -76,31 +118,29 @@ class ImageData:
             splits["train"], splits["test"] = self._hold_out(splits.pop("all"), TEST_SHARE)
         if "train" in splits and "val" not in splits:
             splits["train"], splits["val"] = self._hold_out(splits["train"], VAL_SHARE)
-        return {name: splits[name] for name in SPLIT_FOLDERS if name in splits}
+        return {name: splits[name] for name in SPLITS if name in splits}
 
     def split(self, name: str) -> Samples:
         """One split, or every picture under the name "all". Raises `InputError` naming the splits there are."""
         if name == "all":
             parts = self.given.values()
             return Samples(
-                [image for part in parts for image in part.images], [label for part in parts for label in part.labels]
+                ConcatDataset([cast(Any, part.images) for part in parts]),
+                [label for part in parts for label in part.labels],
+                [label for part in parts for label in part.names],
             )
         if name not in self.splits:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")
         return self.splits[name]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Class names, and per given split the number of pictures and a digest of their names and labels.
-
-        Pictures that are no files have no names; they come with the package that carries them.
-        """
+        """Class names, and per given split the number of pictures and a digest of their names and labels."""
         prints: dict[str, Any] = {"class_names": list(self.class_names)}
-        for name, samples in self.given.items():
+        for split, samples in self.given.items():
             digest = hashlib.sha256()
-            for image, label in zip(samples.images, samples.labels, strict=True):
-                where = "/".join(image.parts[-2:]) if isinstance(image, Path) else ""
-                digest.update(f"{where}\0{label}\n".encode())
-            prints[name] = f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
+            for name, label in zip(samples.names or [""] * len(samples), samples.labels, strict=True):
+                digest.update(f"{name}\0{label}\n".encode())
+            prints[split] = f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
         return prints
 
     def _hold_out(self, samples: Samples, share: float) -> tuple[Samples, Samples]:
@@ -122,151 +162,89 @@ class ImageData:
         return samples.take(sorted(rest)), samples.take(sorted(held))
 
 
-class EpochBatches(Sampler[list[int]]):
-    """Batches of indices: the order of an epoch is a function of (seed, epoch), and any batch can be the first.
+class ImageDataset(Dataset[tuple[Tensor, int, str]]):
+    """Samples for evaluation, as (tensor, label, ""); (zeros, UNREADABLE, what is wrong) for one that is no picture."""
 
-    Several processes share each batch: process `rank` takes every `num_ranks`-th index, so that the pictures of a step
-    do not depend on their number. What does not fill a last batch waits for another epoch's order.
-
-    Raises `InputError` if there are fewer pictures than a batch needs, or a batch cannot be shared evenly.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
-        if batch_size > num_samples:
-            raise InputError(f"batch_size {batch_size} is more than the {num_samples} training pictures")
-        if batch_size % num_ranks:
-            raise InputError(f"batch_size {batch_size} does not divide by {num_ranks} processes")
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.num_ranks = rank, num_ranks
-        self.epoch = self.first = 0
-
-    def start_at(self, epoch: int, first: int = 0) -> None:
-        """Iterates over this epoch next, from batch number `first` on."""
-        self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return self.num_samples // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.num_samples)
-        for i in range(self.first, len(self)):
-            yield order[i * self.batch_size : (i + 1) * self.batch_size][self.rank :: self.num_ranks].tolist()
-
-
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Samples as (tensor, label). Augmentation of picture i in epoch e is a function of (seed, e, i) alone, whatever
-    the number of workers and however often training was interrupted; `set_epoch` moves it on."""
-
-    def __init__(
-        self, samples: Samples, preprocessing: Preprocessing, augmentation: Augmentation = "none", seed: int = 0
-    ) -> None:
+    def __init__(self, samples: Samples, preprocessing: Preprocessing) -> None:
         self.samples = samples
         self.preprocessing = preprocessing
-        self.transform = preprocessing.transform(augmentation)
-        self.is_augmented = augmentation != "none"
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.transform = preprocessing.transform()
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.preprocessing.load(self.samples.images[index])
-        if not self.is_augmented:
-            return self.transform(image), self.samples.labels[index]
-        with seeded((self.seed, self.epoch, index)):
-            return self.transform(image), self.samples.labels[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        try:
+            image = self.preprocessing.load(self.samples.images[index])
+        except InputError as error:
+            return torch.zeros(len(self.preprocessing.mean), *self.preprocessing.img_size), UNREADABLE, str(error)
+        return self.transform(image), self.samples.labels[index], ""
 
 
-@contextmanager
-def seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """Within this context Python's, NumPy's and torch's CPU generators start from `key`; afterwards they are as before.
+class TrainDataset(Dataset[tuple[Tensor, int, str]]):
+    """Samples for training, as (tensor, label, what could not be read on the way).
 
-    Transforms of torchvision draw from torch, those of timm from all three.
+    The augmentation is a function of the seed and the draw alone, whatever the number of workers and however often
+    training was interrupted. In the place of a picture that cannot be read stands the next one that can.
+
+    Raises `InputError`, on fetching, after more than `max_corrupt` unreadable pictures in a row.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+
+    def __init__(
+        self,
+        samples: Samples,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        seed: int = 0,
+        max_corrupt: int = 0,
+    ) -> None:
+        self.samples = samples
+        self.preprocessing = preprocessing
+        self.transform = augmentation.transform(preprocessing)
+        self.seed = seed
+        self.max_corrupt = max_corrupt
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, str]:
+        for index, image, errors in self.readable_from(draw.picture):
+            with seeded((self.seed, draw.epoch, index, draw.copy)):
+                return self.transform(image), self.samples.labels[index], errors
+        raise AssertionError("readable_from yields or raises")
+
+    def readable_from(self, start: int) -> Iterator[tuple[int, Any, str]]:
+        """The first picture from `start` on that can be read: (index, PIL image, errors so far, one a line)."""
+        errors: list[str] = []
+        while len(errors) <= self.max_corrupt:
+            index = (start + len(errors)) % len(self.samples)
+            try:
+                yield index, self.preprocessing.load(self.samples.images[index]), "\n".join(errors)
+                return
+            except InputError as error:
+                errors.append(str(error))
+        raise too_many(errors, self.max_corrupt)
 
 
-def load_data(name: str) -> ImageData:
-    """The data set of that name: "digits", or the path of a folder of pictures.
+class Unreadable:
+    """Pictures that could not be read: each is named once, and more of them than the limit stop the run."""
 
-    A folder holds a sub-folder per class, or `train` and `val` (and `test`) folders that do. What a folder does not
-    divide is divided here, the same way every time: a stratified 20 % for testing, and 15 % of the rest to select on.
+    def __init__(self, limit: int, seen: Iterable[str] = ()) -> None:
+        self.limit = limit
+        self.seen = set(seen)
 
-    Raises `InputError` if there is no such data.
-    """
-    if name == "digits":
-        return _digits()
-    root = Path(name)
-    if not root.is_dir():
-        raise InputError(f"no data {name!r}: give 'digits', or a folder with a sub-folder of pictures per class")
-    return _folder(root)
-
-
-def _digits() -> ImageData:
-    """1,797 handwritten digits, 8x8 grey pixels, that scikit-learn carries (UCI ML hand-written digits, test part)."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # 17 levels, 0..16
-    samples = Samples([Image.fromarray(image) for image in pixels], [int(label) for label in bunch.target])
-    return ImageData(
-        name="digits",
-        given={"all": samples},
-        class_names=tuple(str(digit) for digit in range(10)),
-        mean=(0.5,),
-        std=(0.5,),
-        crop_pct=1.0,
-    )
+    def note(self, errors: Iterable[str], is_quiet: bool = False) -> None:
+        """Takes what data sets report; an empty string is no error. Raises `InputError` past the limit."""
+        for error in sorted({line for text in errors for line in text.splitlines()} - self.seen):
+            self.seen.add(error)
+            if len(self.seen) > self.limit:
+                raise too_many(sorted(self.seen), self.limit)
+            if not is_quiet:
+                text = f"{error}; skipped, number {len(self.seen)} of at most {self.limit}"
+                warnings.warn(text, InputWarning, stacklevel=2)
 
 
-def _folder(root: Path) -> ImageData:
-    folders: dict[str, Path] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        # A folder of classes, that is; a class may be called "train" as well.
-        divided = [root / name for name in names if any(path.is_dir() for path in root.glob(f"{name}/*"))]
-        if len(divided) > 1:
-            raise InputError(f"{root} has both {divided[0].name} and {divided[1].name}; remove one")
-        if divided:
-            folders[split] = divided[0]
-    if "train" not in folders and "val" not in folders:
-        folders = {"all": root}
-    found = {split: _read_classes(folder) for split, folder in folders.items()}
-    first, (class_names, _) = next(iter(found.items()))
-    for split, (names, _) in found.items():
-        if names != class_names:
-            odd = sorted(set(names) ^ set(class_names))
-            raise InputError(f"{root}: {first} and {split} differ in their classes: {some(odd)}")
-    return ImageData(
-        name=str(root), given={split: samples for split, (_, samples) in found.items()}, class_names=class_names
-    )
-
-
-def _read_classes(folder: Path) -> tuple[tuple[str, ...], Samples]:
-    class_names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."))
-    if not class_names:
-        raise InputError(f"{folder}: no sub-folders; there should be one per class, with that class's pictures")
-    images: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        found = (path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files = sorted(path for path in found if path.is_file() and path.name[0] != ".")  # macOS leaves ._NAME.jpg
-        if not files:
-            raise InputError(f"{folder / name}: no pictures; remove the folder, or put pictures of that class in it")
-        images += files
-        labels += [label] * len(files)
-    return class_names, Samples(images, labels)
+def too_many(errors: Sequence[str], limit: int) -> InputError:
+    """What to raise for more unreadable pictures than the limit."""
+    what = f"more pictures than max_corrupt {limit} cannot be read: " if limit else ""
+    return InputError(f"{what}{some(errors)}; mend or remove what is broken, or allow for it with a larger max_corrupt")

@@ -1,20 +1,22 @@
 """Accuracy on labelled pictures: every picture counted once, whatever the batch size and the number of processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from sret.checkpoint import Card
-from sret.data import ImageData, ImageDataset, load_data
+from sret.data import UNREADABLE, ImageData, ImageDataset, Unreadable
 from sret.errors import InputError, some
 from sret.model import SReT
 from sret.recipe import changes
+from sret.sources import load_data
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,33 @@ class Metrics:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator) -> Metrics:
-    """Metrics of a prepared model over prepared batches; the model is left in the mode it came in."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
+    accelerator: Accelerator,
+    unreadable: Unreadable,
+) -> Metrics:
+    """Metrics of a prepared model over prepared batches of an `ImageDataset`; the model is left in its mode.
+
+    Pictures that cannot be read do not count. Raises `InputError` if they are too many, or all there are.
+    """
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
-    for images, labels in batches:
+    errors: list[str] = []
+    for images, labels, problems in batches:
+        errors += [problem for problem in problems if problem]
         logits, labels = accelerator.gather_for_metrics((model(images).float(), labels))
+        logits, labels = logits[labels != UNREADABLE], labels[labels != UNREADABLE]
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = cross_entropy(logits, labels, reduction="sum")
         batch = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, torch.tensor(len(labels))]
         sums += torch.stack([value.double().cpu() for value in batch])
     model.train(was_training)
+    unreadable.note(gather_object(errors), is_quiet=not accelerator.is_main_process)
     top1, top5, loss, count = sums.tolist()
+    if not count:
+        raise InputError("none of the pictures to evaluate on can be read")
     return Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=int(count))
 
 
@@ -51,6 +67,7 @@ def evaluate_on(
     split: str | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
+    max_corrupt: int = 0,
 ) -> tuple[Metrics, str, str]:
     """A checkpoint's metrics on a data set, with the names of the data and of the split they are over.
 
@@ -58,6 +75,7 @@ def evaluate_on(
         data_name: as `load_data` takes it; by default the data the checkpoint was trained on.
         split: by default "test", "val" where there is none, and "all" of a folder that is not divided and that the
             checkpoint was not trained on.
+        max_corrupt: pictures that may be left out because they cannot be read.
 
     Raises `InputError` if the data's classes are not the checkpoint's.
     """
@@ -66,9 +84,14 @@ def evaluate_on(
     trained_on, known = card.training.get("recipe", {}).get("data"), card.training.get("data", {})
     if data_name is None and trained_on is None:
         raise InputError("this checkpoint does not say what it was trained on; name the pictures with --data")
-    if data_name is None and trained_on != "digits" and not Path(trained_on).is_dir():
-        raise InputError(f"this checkpoint was trained on {trained_on!r}, which is not here; name pictures with --data")
-    data = load_data(data_name or trained_on)
+    try:
+        data = load_data(data_name or trained_on)
+    except InputError as error:
+        if data_name is not None:
+            raise
+        raise InputError(
+            f"this checkpoint was trained on {trained_on!r}, which is not here; name pictures with --data ({error})"
+        ) from error
     _check_classes(card, data)
     changed = changes(known, data.fingerprint())
     is_own = not changed or _is_same(data.name, trained_on)
@@ -83,7 +106,7 @@ def evaluate_on(
     accelerator = Accelerator()
     loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)
     net, loader = accelerator.prepare(model, loader)
-    return evaluate(net, loader, accelerator), data.name, split
+    return evaluate(net, loader, accelerator, Unreadable(max_corrupt)), data.name, split
 
 
 def _is_same(name: str, trained_on: str | None) -> bool:

@@ -1,20 +1,68 @@
-"""The optimizer's parameter groups, and the learning rate as a pure function of the step."""
+"""What changes the weights: which are trained, the optimizer, the learning rate, the moving average. All timm's."""
 
-import math
+from collections.abc import Sequence
 
 from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from sret.errors import InputError, some
+from sret.recipe import TrainConfig
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """AdamW; biases, norms, residual coefficients and the position embedding are not decayed (timm's rule)."""
-    return create_optimizer_v2(model, opt="adamw", lr=learning_rate, weight_decay=weight_decay)
+WARMUP_START = 1e-3  # share of the peak learning rate; DeiT's 1e-6 at its 1e-3
 
 
-def cosine_with_warmup(step: int, total_steps: int, warmup_steps: float) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear to 1 over the warm-up, then a half cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Leaves the parameters of these modules (such as "stem", "stages.0") as they are; returns the modules.
+
+    They belong in evaluation mode while the rest trains, so that their BatchNorm statistics stay too.
+
+    Raises `InputError` for a name that the model has not, and if nothing is left to train.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            raise InputError(
+                f"freeze: the model has no part {name!r}; it has {', '.join(dict(model.named_children()))}"
+            )
+        modules[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"freeze: {some(names)} are the whole model, so that nothing is left to train")
+    return [modules[name] for name in names]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The recipe's optimizer over what is not frozen.
+
+    Biases, norms, residual coefficients and the position embedding are not decayed (timm's rule). With `layer_decay`
+    the rate of a layer is that share of the next one's; a recursion is one layer.
+    """
+    return create_optimizer_v2(
+        model,
+        opt=config.optimizer,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+    )
+
+
+def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch_steps: int) -> CosineLRScheduler:
+    """Linear warm-up, then a half cosine down to `min_learning_rate`; `step_update(step)` sets it, a pure function.
+
+    As DeiT has it, the cosine runs over the whole training and the warm-up cuts off its beginning.
+    """
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * epoch_steps,
+        lr_min=config.min_learning_rate,
+        warmup_t=round(config.warmup_epochs * epoch_steps),
+        warmup_lr_init=WARMUP_START * config.learning_rate,
+        t_in_epochs=False,
+    )
+
+
+def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
+    """A moving average of the weights; `update(model, step)` decays less in the first steps."""
+    return ModelEmaV3(model, decay, use_warmup=True)

@@ -1,8 +1,8 @@
 """From a picture to the tensor a model takes: what a checkpoint must remember so that prediction equals evaluation."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +13,19 @@ from torchvision import transforms
 
 from sret.errors import InputError
 
-Augmentation = Literal["none", "affine", "crop"]
 _MODES = {1: "L", 3: "RGB"}
 MOST_ELONGATED = 100  # longer over shorter side; resized beyond it, a few kilobytes of file fill the memory
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The bytes of a picture's file that is not a file by itself, and the name to call it by."""
+
+    name: str
+    content: bytes
+
+
+Picture = Path | Encoded | Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +54,13 @@ class Preprocessing:
         if self.interpolation not in [mode.value for mode in transforms.InterpolationMode]:
             raise InputError(f"interpolation {self.interpolation!r} is unknown; use 'bicubic' or 'bilinear'")
 
-    def load(self, picture: Path | Image.Image) -> Image.Image:
+    def load(self, picture: Picture) -> Image.Image:
         """A picture, or the one in a file, with this many channels; transparent parts turn white.
 
         Raises `InputError` naming a file that is no picture.
         """
-        name = str(picture) if isinstance(picture, Path) else "picture"
-        if isinstance(picture, Path):
+        name = _name(picture)
+        if not isinstance(picture, Image.Image):
             picture = _read(picture)
         if max(picture.size) > MOST_ELONGATED * min(picture.size):
             raise InputError(f"{name}: {picture.width}x{picture.height} pixels is too long and thin to be resized")
@@ -65,31 +75,15 @@ class Preprocessing:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert(mode)
 
-    def transform(self, augmentation: Augmentation = "none") -> "transforms.Compose":
-        """PIL image -> (channels, height, width) float32.
-
-        "affine" turns up to 12 degrees, shifts up to 8 % and scales by 0.9 to 1.1 (for pictures that fill the frame
-        and have a right way up, like digits); "crop" is a random resized crop with horizontal flip (for photos).
-        """
-        transform = create_transform(
+    def transform(self) -> transforms.Compose:
+        """PIL image -> (channels, height, width) float32, without chance; `sret.augment` is for training."""
+        return create_transform(
             (len(self.mean), *self.img_size),
-            is_training=augmentation == "crop",
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
-            color_jitter=0.0,
         )
-        if augmentation != "affine":
-            return transform
-        affine = transforms.RandomAffine(
-            degrees=12,
-            translate=(0.08, 0.08),
-            scale=(0.9, 1.1),
-            interpolation=transforms.InterpolationMode.BILINEAR,
-        )
-        resize, crop, *to_tensor = transform.transforms
-        return transforms.Compose([resize, crop, affine, *to_tensor])
 
     def pixels(self, x: Tensor) -> Tensor:
         """(B, C, H, W) as the model takes it -> the same in 0..1, for showing."""
@@ -97,13 +91,40 @@ class Preprocessing:
         return (x * std + mean).clamp(0, 1)
 
 
-def _read(path: Path) -> Image.Image:
+def header(picture: Picture) -> tuple[str, tuple[int, int]] | None:
+    """(Pillow's mode, (width, height)), without decoding the pixels; None of what is no picture."""
+    if isinstance(picture, Image.Image):
+        return picture.mode, picture.size
     try:
-        with Image.open(path) as image:
+        with Image.open(_file(picture)) as image:
+            return image.mode, image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _name(picture: Picture) -> str:
+    return (
+        "picture"
+        if isinstance(picture, Image.Image)
+        else picture.name
+        if isinstance(picture, Encoded)
+        else str(picture)
+    )
+
+
+def _file(picture: Path | Encoded) -> Path | io.BytesIO:
+    return picture if isinstance(picture, Path) else io.BytesIO(picture.content)
+
+
+def _read(picture: Path | Encoded) -> Image.Image:
+    name = _name(picture)
+    try:
+        with Image.open(_file(picture)) as image:
             image.load()
             return image
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large a picture ({error})") from error
+        raise InputError(f"{name}: too large a picture ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
-        reason = "not a picture that can be read" if path.is_file() else "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {reason}") from error
+        is_there = isinstance(picture, Encoded) or picture.is_file()
+        reason = "not a picture that can be read" if is_there else "a folder" if Path(name).is_dir() else "no such file"
+        raise InputError(f"{name}: {reason}") from error

@@ -1,16 +1,40 @@
-"""A recipe: everything that decides the weights a training run ends with, as one frozen dataclass."""
+"""A recipe: everything that decides the weights a training run ends with, as one frozen dataclass.
+
+Beside it stands what the machine decides: with how many processes, and in how many parts, the same steps are computed.
+"""
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from timm.optim import list_optimizers
+
+from sret.augment import Augmentation
 from sret.config import ModelConfig
-from sret.errors import InputError, InputWarning
-from sret.preprocess import Augmentation
+from sret.errors import InputError, InputWarning, nearest
 from sret.variants import config_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A teacher whose answers are the targets, in place of the labels.
+
+    Attributes:
+        teacher: a weights file of `sret`, or the name of a pretrained model of timm.
+        teacher_weights: a file to take instead of timm's pretrained weights.
+        temperature: both answers' logits are divided by it.
+    """
+
+    teacher: str
+    teacher_weights: Path | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise InputError(f"distillation.temperature is {self.temperature}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +44,28 @@ class TrainConfig:
     Attributes:
         model: a `ModelConfig`, or its fields as plain values; or a published model's name, alone or as `name` beside
             the fields to change. A named model's classes and channels follow the data unless they are given.
-        data: "digits", or a folder of pictures.
+        data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a set of the Hugging Face
+            hub; or a folder of pictures, of parquet files or of WebDataset shards.
         init: weights to start from: a file of ours, or of the authors' for the same variant. None starts afresh.
         epochs: passes over the training pictures.
         batch_size: pictures per step, over all processes.
+        optimizer: timm's name of it.
         learning_rate: the peak of a cosine with warm-up, at this batch size.
+        min_learning_rate: where the cosine ends.
         warmup_epochs: epochs until the peak; may be a fraction.
-        weight_decay: AdamW's, on weights of two dimensions or more.
-        label_smoothing: share of the target given to all classes alike.
+        weight_decay: on weights of two dimensions or more.
+        layer_decay: learning rate of a layer as a share of the next one's; None treats all alike.
+        freeze: parts of the model that stay as they are, such as "stem" or "stages.0".
         clip_grad: largest norm of the gradient; None does not clip.
-        augmentation: "none", "affine" (digits) or "crop" (photos).
+        augmentation: what chance does to a training picture.
+        mixup, cutmix: alpha of the Beta distribution of the share; 0 is off. With both, every second batch takes
+            the other, by chance.
+        label_smoothing: share of the target given to all classes alike.
+        distillation: a teacher in place of the labels.
+        soft_labels: a folder that `sret soft-labels` wrote: its crops and its teacher's answers in place of the labels.
+        ema_decay: of a moving average of the weights, which is then evaluated and kept as the best; None has none.
+        patience: stop after this many epochs without a better one; None goes to the end.
+        max_corrupt: pictures that may be skipped because they cannot be read.
         seed: of all randomness.
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """
@@ -39,17 +75,29 @@ class TrainConfig:
     init: Path | None = None
     epochs: int = 60
     batch_size: int = 64
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
     warmup_epochs: float = 3
     weight_decay: float = 0.05
-    label_smoothing: float = 0.1
+    layer_decay: float | None = None
+    freeze: tuple[str, ...] = ()
     clip_grad: float | None = None
-    augmentation: Augmentation = "crop"
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+    distillation: Distillation | None = None
+    soft_labels: Path | None = None
+    ema_decay: float | None = None
+    patience: int | None = None
+    max_corrupt: int = 0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", str(Path(self.data)))  # photos/ is photos
+        object.__setattr__(self, "data", self.data.rstrip("/") or "/")  # photos/ is photos
+        object.__setattr__(self, "freeze", tuple(self.freeze))
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
@@ -57,26 +105,62 @@ class TrainConfig:
         if isinstance(self.model, dict) and "name" not in self.model:
             object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         self.model_config()
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        for name in ("warmup_epochs", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise InputError(f"clip_grad is {self.clip_grad}; it must be positive, or null for no clipping")
+        self._check_ranges()
+        self._check_targets()
+        known = [str(name) for name in list_optimizers()]
+        if self.optimizer not in known:
+            raise InputError(f"timm has no optimizer {self.optimizer!r}{nearest(self.optimizer, known)}")
         if self.warmup_epochs >= self.epochs:
             warnings.warn(
                 f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs: the learning rate never falls",
                 InputWarning,
                 stacklevel=3,
             )
+
+    def _check_ranges(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.learning_rate <= 0:
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise InputError(
+                f"min_learning_rate is {self.min_learning_rate}; it must be at least 0 and at most learning_rate"
+            )
+        for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "max_corrupt"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("layer_decay", "ema_decay"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0 and below 1, or null for none")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise InputError(f"clip_grad is {self.clip_grad}; it must be positive, or null for no clipping")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed is {self.seed}; it must be at least 0 and below 2^31")
+
+    def _check_targets(self) -> None:
+        """Settings that another one would silently overrule are refused."""
+        if self.mixes and self.batch_size % 2:
+            raise InputError(f"batch_size is {self.batch_size}; mixup and cutmix pair pictures, so it must be even")
+        if self.distillation is not None and self.soft_labels is not None:
+            raise InputError("distillation and soft_labels both replace the labels; give one of them")
+        if (self.distillation or self.soft_labels) and self.label_smoothing:
+            raise InputError(
+                f"label_smoothing is {self.label_smoothing}, but the teacher's answers replace the labels; set it to 0"
+            )
+        if self.soft_labels is not None:
+            own = Augmentation(geometry="none", flip=False)
+            if self.augmentation != own:
+                raise InputError(
+                    "soft_labels bring their own crops, and their answers hold for these pictures alone; set "
+                    "augmentation to {geometry: none, flip: false} (mixup and cutmix may stay)"
+                )
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig:
         """The model for data of so many classes and channels, which a whole `ModelConfig` need not agree with.
@@ -92,6 +176,36 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to be stored and compared."""
         return json.loads(json.dumps(asdict(self), default=str))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a machine computes the steps of a recipe; the weights do not depend on it, but for rounding.
+
+    (The stem's BatchNorm takes its statistics over all processes, but over one part of an accumulated step at a time:
+    with `accumulation` above 1 the weights do depend on it, unless the stem is frozen.)
+
+    Attributes:
+        num_workers: processes that load pictures, beside each process that trains.
+        accumulation: parts that each process computes a step in, one after the other, to need less memory.
+        grad_checkpointing: recompute each recursion in backward instead of storing its activations.
+        shard: divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP).
+        save_every: save the state after every so many steps too, not only after an epoch.
+        trackers: such as "tensorboard": accelerate's names of what receives the metrics too.
+    """
+
+    num_workers: int = 0
+    accumulation: int = 1
+    grad_checkpointing: bool = False
+    shard: bool = False
+    save_every: int | None = None
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        for name, least in (("num_workers", 0), ("accumulation", 1), ("save_every", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,23 +1,29 @@
-"""What people see of a training run: its beginning, its progress, and two pictures at the end."""
+"""What people see of a training run: its beginning, its progress, and one page at the end."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch.utils.data import DataLoader
 
 from sret.checkpoint import load_weights
 from sret.cost import model_cost
-from sret.data import ImageData, ImageDataset
+from sret.data import UNREADABLE, ImageData, ImageDataset
+from sret.evaluate import Metrics
 from sret.model import SReT
-from sret.plots import learning_curve, prediction_sheet
-from sret.run import BEST, CURVE, SHEET
+from sret.monitor import Look
+from sret.plots import Mistake, report_page
+from sret.run import BEST, REPORT
 
-SHOWN = 32  # pictures on the sheet of predictions
+SHOWN = 24  # pictures on the page
+MIB = 1 << 20
 
 
 def describe(console: Console, model: SReT, data: ImageData) -> None:
@@ -34,50 +40,104 @@ def describe(console: Console, model: SReT, data: ImageData) -> None:
     )
 
 
-def line(row: dict[str, Any], best: dict[str, Any]) -> str:
-    """One epoch's metrics in words."""
-    return (
-        f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  validation {row['val_top1']:6.2f} % "
-        f"(best {best['val_top1']:.2f})  {row['images_per_second']:,.0f} images/s"
-    )
+def row(
+    step: int, epoch_steps: int, batch_size: int, rate: float, sums: Mapping[str, float], metrics: Mapping[str, Metrics]
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`: an epoch. Losses in nats, accuracies in percent, the rate after its last step.
+
+    Args:
+        sums: of loss, share of right answers and seconds over the epoch's steps.
+        metrics: of the weights ("val") and of their moving average ("ema"), on validation pictures.
+    """
+    values = {
+        "epoch": step // epoch_steps,
+        "step": step,
+        "learning_rate": rate,
+        "train_loss": sums["loss"] / epoch_steps,
+        "train_top1": 100 * sums["accuracy"] / epoch_steps,
+    }
+    for name, measured in metrics.items():
+        values |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1, f"{name}_top5": measured.top5}
+    return {**values, "images_per_second": epoch_steps * batch_size / sums["seconds"]}
 
 
-@contextmanager
-def progress(console: Console, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields `show(step, text)`, which moves a live bar; on anything but a terminal there is no bar."""
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total, completed=done)
+def merit(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What the best epoch is chosen by: accuracy, then loss, of the moving average where there is one."""
+    which = "ema" if "ema_top1" in row else "val"
+    return row[f"{which}_top1"], -row[f"{which}_loss"]
 
-        def show(step: int, text: str) -> None:
-            bar.update(task, completed=step, description=text)
 
-        yield show
+class Progress:
+    """Within this context a live bar on a terminal, lines for the epochs everywhere, numbers for the trackers."""
+
+    def __init__(self, console: Console, accelerator: Accelerator, total_steps: int, step: int) -> None:
+        self.console, self.accelerator, self.total_steps = console, accelerator, total_steps
+        columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=total_steps, completed=step)
+
+    def __enter__(self) -> "Progress":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.__exit__(*exception)
+
+    def show(self, step: int, look: Look, batch_size: int, rate: float) -> None:
+        """The steps since the last look."""
+        loss, accuracy = (float(np.mean(values)) for values in (look.losses, look.accuracies))
+        speed, memory = len(look.losses) * batch_size / look.seconds, memory_in_use(self.accelerator.device)
+        self.bar.update(
+            self.task,
+            completed=step,
+            description=f"loss {loss:.3f}  accuracy {accuracy:4.0%}  {speed:,.0f} images/s  {memory / MIB:,.0f} MiB",
+        )
+        values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / MIB}
+        self.accelerator.log({**{f"train/{key}": value for key, value in values.items()}, "rate": rate}, step=step)
+
+    def epoch(self, row: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+        """An epoch's metrics, and the best so far."""
+        average = f"  averaged {row['ema_top1']:6.2f} %" if "ema_top1" in row else ""
+        self.console.print(
+            f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  validation {row['val_top1']:6.2f} %{average}  "
+            f"(best {merit(best)[0]:.2f})  {row['images_per_second']:,.0f} images/s"
+        )
+        numbers = {key: row[key] for key in row if key.startswith(("val_", "ema_"))}
+        self.accelerator.log({key.replace("_", "/", 1): value for key, value in numbers.items()}, step=row["step"])
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that a GPU's tensors took so far, or what the process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 @torch.no_grad()
 def draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.device) -> None:
-    """The learning curve, and what the best weights make of the validation pictures: mistakes and doubts first."""
-    learning_curve(out / CURVE, rows, f"{data.name}, {rows[-1]['epoch']} epochs")
+    """One page: curves, accuracy per class, confusions, and the worst mistakes of the best weights, as pictures."""
     model, card = load_weights(out / BEST)
     model = model.to(device)
-    samples = data.split("val")
-    dataset = ImageDataset(samples, card.preprocessing)
-    outputs = [model(images.to(device)).softmax(dim=1).cpu() for images, _ in DataLoader(dataset, batch_size=64)]
-    confidence, predicted = torch.cat(outputs).max(dim=1)
-    is_right = predicted == torch.tensor(samples.labels)
-    shown = (is_right + confidence).argsort()[:SHOWN].tolist()
-    images = card.preprocessing.pixels(torch.stack([dataset[i][0] for i in shown]))
-    prediction_sheet(
-        out / SHEET,
-        images.permute(0, 2, 3, 1).numpy(),
-        [card.name_of(samples.labels[i]) for i in shown],
-        [(card.name_of(int(predicted[i])), float(confidence[i])) for i in shown],
-        f"{data.name}: {len(samples)} validation pictures, {int((~is_right).sum())} wrong; least certain first",
-    )
+    dataset = ImageDataset(data.split("val"), card.preprocessing)
+    outputs, labels = [], []
+    for images, batch_labels, _ in DataLoader(dataset, batch_size=64):
+        outputs.append(model(images.to(device)).softmax(dim=1).cpu())
+        labels.append(batch_labels)
+    probabilities, truth = torch.cat(outputs), torch.cat(labels)
+    readable = (truth != UNREADABLE).nonzero()[:, 0]
+    probabilities, truth = probabilities[readable], truth[readable]
+    confidence, predicted = probabilities.max(dim=1)
+    is_right = predicted == truth
+    # The surest mistakes first; where there are few, the least certain right answers follow.
+    worst = torch.where(is_right, 1 + confidence, 1 - confidence).argsort()[:SHOWN].tolist()
+    confusion = torch.zeros(len(data.class_names), len(data.class_names), dtype=torch.int64)
+    confusion.index_put_((truth, predicted), torch.ones_like(truth), accumulate=True)
+    mistakes = [
+        Mistake(
+            pixels=card.preprocessing.pixels(dataset[int(readable[i])][0]).permute(1, 2, 0).numpy(),
+            truth=card.name_of(int(truth[i])),
+            answer=card.name_of(int(predicted[i])),
+            confidence=float(confidence[i]),
+        )
+        for i in worst
+    ]
+    names = [card.name_of(label) for label in range(len(data.class_names))]
+    report_page(out / REPORT, data.name, rows, max(rows, key=merit), names, confusion.numpy(), mistakes)

@@ -16,8 +16,12 @@ from sret.errors import InputError, some
 from sret.recipe import TrainConfig, changes
 
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
-CURVE, SHEET = "learning_curve.png", "predictions.png"
-CONTENTS = (BEST, LAST, STATE, METRICS, CURVE, SHEET)
+REPORT = "report.png"
+CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
+STATE_KEYS = {
+    *("config", "data", "step", "total_steps", "sums", "rows", "best", "unreadable"),
+    *("model", "ema", "optimizer", "scaler"),
+}
 
 
 def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> dict[str, Any] | None:
@@ -39,7 +43,7 @@ def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> d
     state = load_state(out / STATE)
     if state.get("step") == 0:
         return None  # nothing was done yet that could be lost
-    if not {"config", "data", "step", "total_steps", "rows", "best", "model", "optimizer"} <= state.keys():
+    if not state.keys() >= STATE_KEYS:
         raise InputError(f"{out / STATE} is not the state of a run of this version of sret; name another --out")
     if not may_resume:
         raise InputError(
@@ -56,10 +60,22 @@ def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> d
 def save(out: Path, state: dict[str, Any], card: Card) -> None:
     """Writes the run's files, the state last, so that whatever it speaks of is there already.
 
-    `state` holds the model's weights, the rows of the metrics and the best of them; an epoch that has just become the
-    best also becomes the best weights.
+    `state` holds the model's weights and their moving average, the rows of the metrics and the best of them; an epoch
+    that has just become the best also becomes the best weights, averaged if the run averages.
+
+    Raises `InputError` if the files cannot be written; those of the last save are then still whole.
     """
-    weights: dict[str, Tensor] = state["model"]
+    try:
+        _save(out, state, card)
+    except OSError as error:
+        raise InputError(
+            f"{out}: the state of step {state['step']} could not be saved ({error.strerror or error}); "
+            "what was saved before is whole, and --resume auto goes on from it"
+        ) from error
+
+
+def _save(out: Path, state: dict[str, Any], card: Card) -> None:
+    weights: dict[str, Tensor] = state["ema"] or state["model"]
     rows = state["rows"]
     if state["step"]:
         save_weights(out / LAST, weights, card)

@@ -1,0 +1,101 @@
+"""Where labelled pictures come from: one name, whatever holds them."""
+
+import re
+from pathlib import Path
+
+from sret.data import ImageData
+from sret.errors import InputError, nearest
+from sret.sources.digits import load_digits
+from sret.sources.folder import SPLIT_NAMES, load_folder
+from sret.sources.hub import load_hub, load_parquet
+from sret.sources.shards import load_shards
+from sret.sources.torchvision_sets import TORCHVISION_SETS, load_torchvision
+
+__all__ = ["load_data"]
+
+_SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+
+
+def load_data(name: str) -> ImageData:
+    """The data set of that name.
+
+        digits                                       1,797 pictures that come with scikit-learn
+        cifar10, cifar100, mnist, fashion-mnist      downloaded by torchvision
+        hf:owner/name, hf:owner/name@config          downloaded from the Hugging Face Hub
+        a path                                       pictures in a folder per class, parquet files, or WebDataset shards
+
+    A folder called `mnist` is given as ./mnist. What a source does not divide is divided by `ImageData`, the same way
+    every time: a stratified 20 % for testing, and 15 % of the rest to select on.
+
+    Raises `InputError` if there is no such data.
+    """
+    if name == "digits":
+        return load_digits()
+    if name in TORCHVISION_SETS:
+        return load_torchvision(name)
+    if name.startswith("hf:"):
+        return load_hub(name)
+    path = Path(name)
+    if not path.exists():
+        raise InputError(f"no data {name!r}: give {_choices()}{_suggestion(name)}")
+    if _has_split_folders(path):
+        return load_folder(path)
+    if parquet := _files_by_split(path, ".parquet"):
+        return load_parquet(path, parquet)
+    if shards := _files_by_split(path, ".tar"):
+        return load_shards(path, shards)
+    if path.is_file():
+        raise InputError(f"{name}: of files, only .parquet and .tar can be data; or give {_choices()}")
+    return load_folder(path)
+
+
+def _has_split_folders(root: Path) -> bool:
+    """Whether pictures are in `train/CLASS` or the like. ImageNet's folders often have the tar files they came in."""
+    return any(path.is_dir() for word in _SPLIT_OF for path in root.glob(f"{word}/[!.]*"))
+
+
+def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
+    """The files with that suffix in a folder, per split; as "all" if none names its split; {} if there are none.
+
+    The split is a word of the file's name ("imagenet1k-train-0000"), or of the name of the folder it is in: `data`, or
+    one called after a split. No other folders are looked into: there may be a million pictures in them.
+
+    Raises `InputError` for a name with two splits, and for files without a split beside files with one.
+    """
+    if root.is_file():
+        return {"all": [root]} if root.suffix == suffix else {}
+    folders = [root, root / "data"]
+    folders += [folder / word for folder in folders for word in _SPLIT_OF]
+    files = [path for folder in folders for path in sorted(folder.glob(f"[!.]*{suffix}")) if path.is_file()]
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        found.setdefault(_split_of(path, root), []).append(path)
+    if "all" in found and len(found) > 1:
+        raise InputError(
+            f"{root}: {found['all'][0].name} does not say which split it is of, as other files do; put a word into its "
+            f"name ({', '.join(SPLIT_NAMES)}), or move it away"
+        )
+    return {split: found[split] for split in (*SPLIT_NAMES, "all") if split in found}
+
+
+def _split_of(path: Path, root: Path) -> str:
+    for part in reversed(path.relative_to(root).parts):
+        found = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in _SPLIT_OF}
+        if len(found) > 1:
+            raise InputError(f"{path}: its name says both {' and '.join(sorted(found))}; leave one")
+        if found:
+            return found.pop()
+    return "all"
+
+
+def _choices() -> str:
+    return (
+        f"digits, {', '.join(TORCHVISION_SETS)}, hf:owner/name of a data set on the Hugging Face Hub, or the path of a "
+        "folder with a sub-folder of pictures per class, with .parquet files, or with WebDataset .tar files"
+    )
+
+
+def _suggestion(name: str) -> str:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return f"; did you mean 'hf:{name}'?"
+    return nearest(name.lower(), ["digits", *TORCHVISION_SETS])

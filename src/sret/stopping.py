@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps, with everything saved."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Within this context SIGINT and SIGTERM are remembered instead of obeyed; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def is_made(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> "StopRequest":
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {kind: signal.signal(kind, self._remember) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def obey(self) -> None:
+        """Raises what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def leave_ctrl_c_to_the_main_process(_: int) -> None:
+    """For processes that load pictures: Ctrl-C reaches them too, and the step under way still needs them.
+
+    (SIGTERM stays: it is how the main process ends them.)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,76 @@
+"""The pictures of a step: a function of (seed, step), whoever computes it and in however many parts."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sret import InputError
+from sret.sampling import Draw, EpochBatches, part_of, seeded
+
+
+def pictures(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
+    batches.start_at(epoch, first)
+    return [[draw.picture for draw in batch] for batch in batches]
+
+
+def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
+    def order(seed: int, epoch: int, first: int = 0) -> list[list[int]]:
+        return pictures(EpochBatches(103, 10, seed), epoch, first)
+
+    assert order(0, 0) == order(0, 0)
+    flat = [i for batch in order(0, 0) for i in batch]
+    assert len(set(flat)) == len(flat) == 100
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(0, 1, first=4) == order(0, 1)[4:]
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(2, 1), (1, 2), (2, 3)])
+def test_a_step_s_pictures_do_not_depend_on_who_computes_them(num_ranks, accumulation):
+    whole = pictures(EpochBatches(103, 24, 0), 1)
+    parts = [pictures(EpochBatches(103, 24, 0, rank, num_ranks, accumulation), 1) for rank in range(num_ranks)]
+    for step, batch in enumerate(whole):
+        shares = [part[step * accumulation + k] for part in parts for k in range(accumulation)]
+        assert {len(share) for share in shares} == {24 // num_ranks // accumulation}
+        assert sorted(i for share in shares for i in share) == sorted(batch)
+        mirrored = dict(zip(batch, reversed(batch), strict=True))  # whom mixup pairs with whom
+        assert all(mirrored[a] == b for share in shares for a, b in zip(share, reversed(share), strict=True))
+
+
+def test_one_part_is_the_batch_itself():
+    batch = [Draw(i, 0) for i in (5, 3, 9)]  # odd
+    assert part_of(batch, 0, 1) == batch
+
+
+def test_repeated_augmentation_shows_each_picture_several_times():
+    batches = EpochBatches(30, 6, 0, repeats=3)
+    epoch = list(batches)
+    assert len(epoch) == batches.steps == 5
+    for batch in epoch:
+        assert len({draw.picture for draw in batch}) == 2
+        assert sorted(draw.copy for draw in batch) == [0, 0, 1, 1, 2, 2]
+    assert len({draw.picture for batch in epoch for draw in batch}) == 10  # a third of the pictures
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(InputError, match=r"batch_size 10 cannot be shared by 3 processes.* a multiple of 6"):
+        EpochBatches(100, 10, 0, 0, 3)
+    with pytest.raises(InputError, match=r"in 2 parts each: it must be a multiple of 8"):
+        EpochBatches(100, 10, 0, 0, 2, 2)
+    with pytest.raises(InputError, match=r"not a multiple of augmentation\.repeats 3"):
+        EpochBatches(100, 10, 0, repeats=3)
+    with pytest.raises(InputError, match="batch_size 10 is more than the 9 training pictures"):
+        EpochBatches(9, 10, 0)
+
+
+def test_seeded_restores_all_generators():
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    draws = []
+    for _ in range(2):
+        with seeded((1, 2)):
+            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
