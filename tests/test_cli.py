@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def one_line(err: str) -> str:
     ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        ([], "name a command: train, eval, predict, info, convert"),
+        ([], "name a command: train, soft-labels, eval, predict, info, convert"),
         (["info", "sret_tt"], "unknown model 'sret_tt'"),
         (["info", "sret_t", "--img_size", "8"], "stage 1 at 8x8 pixels"),
         (["info", "--img-sise", "8"], "unknown option 'img_sise'; did you mean 'img_size'?"),
@@ -261,6 +262,50 @@ def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, t
     assert "all: 21 pictures" in sret("eval", "--checkpoint", own, "--split", "all")[1]
 
 
+def test_a_teacher_answers_once_and_a_student_learns_from_it(run_folder, sret, tmp_path):
+    labels, student = tmp_path / "labels", tmp_path / "student"
+    best = run_folder / "best.safetensors"
+    code, out, _ = sret("soft-labels", "--data", "digits", "--teacher", best, "--out", labels, "--crops", 1)
+    assert code == 0
+    assert out.endswith(f"{labels}: complete; train with: --soft_labels {labels}\n")
+    learn = ["train", "--config", DIGITS, *SMALL, "--label_smoothing", 0, "--soft-labels", labels]
+    code, _, err = sret(*learn, "--out", student)
+    assert code == 2
+    assert "bring their own crops" in one_line(err)
+    assert sret(*learn, "--out", student, "--augmentation.geometry", "none")[0] == 0
+    assert load_weights(student / "best.safetensors")[1].training["recipe"]["soft_labels"] == str(labels)
+
+
+def test_a_teacher_can_be_named_on_the_line(run_folder, sret, tmp_path):
+    teacher = ["--distillation.teacher", run_folder / "best.safetensors", "--distillation.temperature", 2]
+    code, _, err = sret("train", "--config", DIGITS, *SMALL, "--out", tmp_path / "x", *teacher, "--label_smoothing", 0)
+    assert code == 0, err
+    recipe = load_weights(tmp_path / "x" / "best.safetensors")[1].training["recipe"]
+    assert recipe["distillation"]["temperature"] == 2
+
+
+def test_a_dry_run_tells_the_cost_and_leaves_nothing(sret, tmp_path):
+    code, out, _ = sret("train", "--config", DIGITS, "--out", tmp_path / "runs" / "x", "--dry-run")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["Data", "Model", "Read", "Read", "Speed", "Time", "Disk"]
+    assert "1,140 steps" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_finds_what_would_stop_the_run(run_folder, sret, tmp_path):
+    code, _, err = sret("train", "--config", DIGITS, "--out", run_folder, "--dry-run")
+    assert code == 2
+    assert "holds a run already" in one_line(err)
+    folder = make_folder(tmp_path / "pets", {"cat": 9, "dog": 9})
+    for picture in folder.glob("cat/*"):
+        picture.write_text("no picture")
+    dry = ["train", "--model.name", "sret_t", "--data", folder, "--batch_size", 4, "--out", tmp_path / "x", "--dry-run"]
+    code, _, err = sret(*dry, "--model.img_size", 64, "--max_corrupt", 2)
+    assert code == 2
+    assert "more pictures than max_corrupt 2 cannot be read" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"pets"}
+
+
 def test_convert_reads_the_authors_files_and_writes_them(sret, tmp_path):
     official = official_state_dict("SReT_T")
     torch.save({"model": official}, tmp_path / "SReT_T.pth")
@@ -331,9 +376,19 @@ def test_the_command_is_installed():
     assert "Traceback" not in result.stderr
 
 
-def test_recipes_are_complete_and_say_how_to_run_them():
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        text = path.read_text()
-        assert text.startswith(f"# sret train --config recipes/{path.name} --out ")
-        code = cli._parser().parse_args(["train", "--config", str(path), "--out", "x"])
-        assert code.subcommand == "train"
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_recipe_opens_with_a_command_that_works(path, monkeypatch, tmp_path):
+    """Its first line is a command that parses, names the recipe, and gives a model that its data set fits."""
+    monkeypatch.chdir(ROOT)
+    first, *rest = path.read_text().splitlines()
+    assert first.startswith("# sret train --config recipes/")
+    assert f" --config recipes/{path.name} " in first
+    assert " --out " in first
+    comment = " ".join(line for line in rest if line.startswith("#"))
+    assert "Cost: " in comment
+    assert "Expect: " in comment
+    seen = []
+    monkeypatch.setattr("sret.train.train", lambda recipe, *_, **__: seen.append(recipe))
+    assert cli.main(shlex.split(first.removeprefix("# sret "))) == 0
+    classes = {"cifar100": 100, "imagenet": 1000}.get(seen[0].data, 10)
+    assert seen[0].model_config(classes, 1 if seen[0].data == "digits" else 3).num_classes == classes

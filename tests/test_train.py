@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -200,36 +197,6 @@ def test_the_rate_follows_the_schedule(tmp_path):
     assert seen == pytest.approx(warm + cosine)
 
 
-def test_a_run_killed_while_saving_goes_on_to_the_same_bits(whole, tmp_path):
-    """SIGKILL in the middle of writing a file, at each file of the first epoch's save in turn."""
-    script = """
-import os, signal, sys
-from pathlib import Path
-from sret import checkpoint
-from test_train import RECIPE
-from sret.train import train
-written = 0
-fsync = os.fsync
-def kill(fd):
-    global written
-    written += 1
-    if written == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(fd)
-os.fsync = kill
-train(RECIPE, Path(sys.argv[1]), resume="auto")
-"""
-    expected = weights(whole)
-    for write in (1, 3, 4, 6):  # the first state's metrics; then last, best and state of epoch 1
-        out = tmp_path / str(write)
-        command = [sys.executable, "-c", script, str(out), str(write)]
-        killed = subprocess.run(command, capture_output=True, cwd=Path(__file__).parent, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        train(RECIPE, out, resume="auto")
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(out).items())
-        assert {path.name for path in out.iterdir()} == set(CONTENTS)
-
-
 def test_a_run_that_did_no_step_yet_can_be_begun_again(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
@@ -333,7 +300,9 @@ def test_a_named_variant_can_be_changed():
     assert (config.num_classes, config.in_chans, config.input_size, config.drop_path_rate) == (7, 1, (96, 96), 0.1)
     assert config.stages == config_of("sret_t").stages
     assert TrainConfig(model="sret_t").model_config(7, 1).num_classes == 7
-    assert TrainConfig(model=MODEL.to_dict()).model == MODEL
+    assert TrainConfig(model=MODEL.to_dict()).model_config() == MODEL
+    stages = {key: value for key, value in MODEL.to_dict().items() if key not in ("num_classes", "in_chans")}
+    assert TrainConfig(model=stages).model_config(7, 1) == replace(MODEL, num_classes=7)
     with pytest.raises(InputError, match="did you mean 'img_size'"):
         TrainConfig(model={"name": "sret_t", "imgsize": 96})
 

@@ -1,4 +1,4 @@
-"""The command line: sret train | eval | predict | info | convert.
+"""The command line: sret train | soft-labels | eval | predict | info | convert.
 
 Whatever a user can cause ends in one line on standard error and exit code 2; `predict` answers for the pictures it can
 read and exits with 1 if there were others.
@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sret.augment import Augmentation
 from sret.config import ModelConfig, StageConfig
@@ -99,6 +100,38 @@ def _train(arguments: Namespace) -> int:
         rehearse(recipe, arguments.out, arguments.resume, launch)
     else:
         train(recipe, arguments.out, arguments.resume, arguments.max_steps, launch)
+    return 0
+
+
+# soft-labels ---------------------------------------------------------------------------------------------------------
+
+
+def _add_soft_labels(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", type=str, required=True, help="as in sret train; its training pictures are labelled")
+    parser.add_argument("--teacher", type=str, required=True, help="a weights file of sret, or a model of timm")
+    parser.add_argument("--teacher_weights", type=Path | None, help="a file to take instead of timm's weights")
+    parser.add_argument("--temperature", type=float, default=1.0, help="the teacher's logits are divided by it")
+    parser.add_argument("--out", type=Path, required=True, help="the folder that receives the labels")
+    parser.add_argument("--crops", type=PositiveInt, default=4, help="crops of each picture")
+    parser.add_argument("--top_k", type=PositiveInt, default=10, help="classes kept of each answer")
+    parser.add_argument("--min_scale", type=float, default=0.08, help="smallest share of a picture that a crop covers")
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the crops")
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="crops that the teacher sees at a time")
+    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load pictures")
+    parser.add_argument("--max_corrupt", type=NonNegativeInt, default=0, help="pictures that may be unreadable")
+
+
+def _soft_labels(arguments: Namespace) -> int:
+    from sret.soft_labels import write_soft_labels
+
+    options = arguments.as_dict()
+    out, data = options.pop("out"), options.pop("data")
+    distillation = Distillation(**{field.name: options.pop(field.name) for field in fields(Distillation)})
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("shards of 1,000 pictures", total=None)
+        for done, total in write_soft_labels(out, data, distillation, **options):
+            bar.update(task, completed=done, total=total)
+    print(f"{out}: complete; train with: --soft_labels {out}")
     return 0
 
 
@@ -234,6 +267,7 @@ class _Command:
 
 COMMANDS = {
     "train": _Command("train a model by a recipe", _add_train, _train),
+    "soft-labels": _Command("let a teacher answer once for many crops", _add_soft_labels, _soft_labels),
     "eval": _Command("accuracy of a checkpoint on labelled pictures", _add_eval, _eval),
     "predict": _Command("say what pictures show", _add_predict, _predict),
     "info": _Command("the published models, or one model in detail", _add_info, _info),

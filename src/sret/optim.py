@@ -63,6 +63,10 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch_steps: int) -
     )
 
 
-def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
-    """A moving average of the weights; `update(model, step)` decays less in the first steps."""
-    return ModelEmaV3(model, decay, use_warmup=True)
+def make_ema(model: nn.Module, decay: float, is_sharded: bool = False) -> ModelEmaV3:
+    """A moving average of the weights; `update(model, step)` decays less in the first steps.
+
+    Of a sharded model, the copy has to be sharded too.
+    """
+    # torch's fused update does not take sharded parameters and whole buffers together.
+    return ModelEmaV3(model, decay, use_warmup=True, foreach=not is_sharded)

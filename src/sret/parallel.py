@@ -11,12 +11,25 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.nn.functional import all_reduce
 from torch.optim import Optimizer
 
 from sret.layers import Block, NonLinearProjection
 
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class _Mean(torch.autograd.Function):
+    """Of equal shapes in all processes, each gets the mean; so do the gradients."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        mean = x / distributed.get_world_size()
+        distributed.all_reduce(mean)
+        return mean
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _Mean.forward(_, gradient)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -28,12 +41,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        num_processes = distributed.get_world_size()
-        mean = all_reduce(x.mean((0, 2, 3))) / num_processes
+        mean = _Mean.apply(x.mean((0, 2, 3)))
         centred = x - mean.view(-1, 1, 1)
-        variance = all_reduce(centred.square().mean((0, 2, 3))) / num_processes
+        variance = _Mean.apply(centred.square().mean((0, 2, 3)))
         with torch.no_grad():
-            count = num_processes * x.numel() / x.shape[1]
+            count = distributed.get_world_size() * x.numel() / x.shape[1]
             updates = {"running_mean": mean, "running_var": variance * (count / (count - 1))}
             for name, update in updates.items():
                 self.get_buffer(name).lerp_(update, self.momentum or 0.0)

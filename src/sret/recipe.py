@@ -43,7 +43,7 @@ class TrainConfig:
 
     Attributes:
         model: a `ModelConfig`, or its fields as plain values; or a published model's name, alone or as `name` beside
-            the fields to change. A named model's classes and channels follow the data unless they are given.
+            the fields to change. Classes and channels follow the data where plain values leave them out.
         data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a set of the Hugging Face
             hub; or a folder of pictures, of parquet files or of WebDataset shards.
         init: weights to start from: a file of ours, or of the authors' for the same variant. None starts afresh.
@@ -58,8 +58,8 @@ class TrainConfig:
         freeze: parts of the model that stay as they are, such as "stem" or "stages.0".
         clip_grad: largest norm of the gradient; None does not clip.
         augmentation: what chance does to a training picture.
-        mixup, cutmix: alpha of the Beta distribution of the share; 0 is off. With both, every second batch takes
-            the other, by chance.
+        mixup: pictures are mixed in pairs; alpha of the Beta distribution of the share, 0 is off.
+        cutmix: the same by pasting a rectangle; where both are on, a batch takes one of them by chance.
         label_smoothing: share of the target given to all classes alike.
         distillation: a teacher in place of the labels.
         soft_labels: a folder that `sret soft-labels` wrote: its crops and its teacher's answers in place of the labels.
@@ -102,8 +102,6 @@ class TrainConfig:
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
             raise InputError("model has neither stages nor the name of a published model, as in --model.name sret_t")
-        if isinstance(self.model, dict) and "name" not in self.model:
-            object.__setattr__(self, "model", ModelConfig.from_dict(self.model))
         self.model_config()
         self._check_ranges()
         self._check_targets()
@@ -163,15 +161,17 @@ class TrainConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig:
-        """The model for data of so many classes and channels, which a whole `ModelConfig` need not agree with.
+        """The model for data of so many classes and channels, which what the recipe says need not agree with.
 
         Raises `InputError` for an unknown name or field.
         """
         if isinstance(self.model, ModelConfig):
             return self.model
         assert isinstance(self.model, dict)
-        changes = {key: value for key, value in self.model.items() if key != "name"}
-        return config_of(self.model["name"]).with_changes({"num_classes": num_classes, "in_chans": in_chans, **changes})
+        given = {"num_classes": num_classes, "in_chans": in_chans, **self.model}
+        if "name" not in given:
+            return ModelConfig.from_dict(given)
+        return config_of(given.pop("name")).with_changes(given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to be stored and compared."""

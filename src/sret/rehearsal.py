@@ -1,26 +1,31 @@
 """A dry run: what training will meet, found out in seconds. Data, model, speed, memory and disk; nothing is left."""
 
+import os
 import shutil
 import tempfile
-import warnings
+from contextlib import redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from accelerate import PartialState
 from rich.console import Console
 
-from sret import run
+from sret import report, run
 from sret.checkpoint import load_state
 from sret.data import ImageDataset, Unreadable
 from sret.errors import InputError
+from sret.model import SReT
 from sret.recipe import Launch, TrainConfig
 from sret.sources import load_data
 from sret.train import fitting_model, preprocessing_for, train
 
 READ = 200  # pictures of each split, evenly spread
 STEPS = 4
-FILES = 4  # of about the size of a state that a run holds at once: best and last weights, the state, its successor
+FILES = 4  # about as large as a state, that a run has at once: best and last weights, the state, its successor
+MB = 1e6
 
 
 def rehearse(config: TrainConfig, out: Path, resume: Literal["auto"] | None, launch: Launch) -> None:
@@ -29,30 +34,36 @@ def rehearse(config: TrainConfig, out: Path, resume: Literal["auto"] | None, lau
     Raises `InputError` for whatever would stop the run: an occupied folder, unreadable pictures, a model that does not
     fit its data, a full disk.
     """
-    console = Console(highlight=False)
     data = load_data(config.data)
-    preprocessing = preprocessing_for(fitting_model(config, data), data)
+    model_config = fitting_model(config, data)
+    preprocessing = preprocessing_for(model_config, data)
     run.find(out, config, data, may_resume=resume == "auto")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sret-dry-run-", dir=parent) as folder:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                train(config, Path(folder), max_steps=STEPS, launch=replace(launch, trackers=()))
+            if not PartialState().is_main_process:
+                return
+            state = load_state(Path(folder) / run.STATE)
+            size = (Path(folder) / run.STATE).stat().st_size
+    except OSError as error:
+        raise InputError(f"{parent}: cannot be written to ({error.strerror or error})") from error
+
+    console = Console(highlight=False, soft_wrap=True)
+    report.describe(console, SReT(model_config), data)
     unreadable = Unreadable(config.max_corrupt)
     for name in ("train", "val"):
         dataset = ImageDataset(data.split(name), preprocessing)
         indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(int)).tolist()
         unreadable.note(dataset[i][2] for i in indices)
-        console.print(f"Read    {len(indices)} of {len(dataset):,} {name} pictures")
-
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".sret-dry-run-", dir=parent) as folder, warnings.catch_warnings():
-        here = Path(folder)
-        train(replace(config, max_corrupt=len(data.split("train"))), here, max_steps=STEPS, launch=launch)
-        state = load_state(here / run.STATE)
-        size = (here / run.STATE).stat().st_size
-        free = shutil.disk_usage(here).free
-    seconds = state["sums"]["seconds"] / STEPS
-    hours = seconds * state["total_steps"] / 3600
-    console.print(
-        f"Time    {seconds:.2f} s a step, the first ones, {state['total_steps']:,} steps: about {hours:,.1f} h "
-        "and evaluation"
-    )
-    console.print(f"Disk    {FILES * size / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free at {parent}")
+        console.print(f"Read    {len(indices)} of {len(dataset):,} {name} pictures: {len(unreadable.seen)} unreadable")
+    memory = report.memory_in_use(PartialState().device) / report.MIB
+    seconds = state["sums"]["seconds"] / min(STEPS, state["step"])
+    left = timedelta(seconds=round(seconds * state["total_steps"]))
+    console.print(f"Speed   {config.batch_size / seconds:,.0f} images/s in the first steps; memory {memory:,.0f} MiB")
+    console.print(f"Time    {left} (hours:minutes:seconds) for {state['total_steps']:,} steps, and the evaluations")
+    free = shutil.disk_usage(parent).free
+    console.print(f"Disk    {FILES * size / MB:,.0f} MB needed, {free / MB:,.0f} MB free at {parent}")
     if FILES * size > free:
-        raise InputError(f"{parent}: {free / 1e6:,.0f} MB are free, the run needs about {FILES * size / 1e6:,.0f}")
+        raise InputError(f"{parent}: {free / MB:,.0f} MB are free, and the run needs about {FILES * size / MB:,.0f}")

@@ -100,7 +100,8 @@ class Progress:
         average = f"  averaged {row['ema_top1']:6.2f} %" if "ema_top1" in row else ""
         self.console.print(
             f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  validation {row['val_top1']:6.2f} %{average}  "
-            f"(best {merit(best)[0]:.2f})  {row['images_per_second']:,.0f} images/s"
+            f"(best {merit(best)[0]:.2f})  {row['images_per_second']:,.0f} images/s",
+            soft_wrap=True,
         )
         numbers = {key: row[key] for key in row if key.startswith(("val_", "ema_"))}
         self.accelerator.log({key.replace("_", "/", 1): value for key, value in numbers.items()}, step=row["step"])

@@ -77,11 +77,11 @@ def save(out: Path, state: dict[str, Any], card: Card) -> None:
 def _save(out: Path, state: dict[str, Any], card: Card) -> None:
     weights: dict[str, Tensor] = state["ema"] or state["model"]
     rows = state["rows"]
-    if state["step"]:
+    if state["step"]:  # else the state alone claims the folder
         save_weights(out / LAST, weights, card)
-    if rows and rows[-1] == state["best"] and rows[-1]["step"] == state["step"]:
-        save_weights(out / BEST, weights, card)
-    write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if rows and rows[-1] == state["best"] and rows[-1]["step"] == state["step"]:
+            save_weights(out / BEST, weights, card)
+        write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
     save_state(out / STATE, state)
 
 

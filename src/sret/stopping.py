@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a wish that the loop grants between two steps, with everything saved."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -42,9 +43,6 @@ class StopRequest:
         self.signal = signal.Signals(number)
 
 
-def leave_ctrl_c_to_the_main_process(_: int) -> None:
-    """For processes that load pictures: Ctrl-C reaches them too, and the step under way still needs them.
-
-    (SIGTERM stays: it is how the main process ends them.)
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_process_group(_: int) -> None:
+    """For processes that load pictures: Ctrl-C and `kill -- -GROUP` are for the main process, whose step needs them."""
+    os.setpgid(0, 0)

@@ -37,7 +37,7 @@ from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
 from sret.soft_labels import ReplayDataset, read_manifest
 from sret.sources import load_data
-from sret.stopping import StopRequest, leave_ctrl_c_to_the_main_process
+from sret.stopping import StopRequest, leave_process_group
 from sret.weights import load_pretrained, read
 
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
@@ -89,7 +89,7 @@ def train(
         "num_workers": launch.num_workers,
         "persistent_workers": launch.num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
-        "worker_init_fn": leave_ctrl_c_to_the_main_process,
+        "worker_init_fn": leave_process_group,
     }
     train_loader = DataLoader(train_set, batch_sampler=batches, **loading)
     val_loader = accelerator.prepare(DataLoader(val_set, max(1, config.batch_size // num_ranks), **loading))
@@ -104,7 +104,7 @@ def train(
     model.to(accelerator.device)
     if num_ranks > 1:
         parallel.synchronize_batch_norm(model)
-    ema = make_ema(model, config.ema_decay) if config.ema_decay is not None else None
+    ema = make_ema(model, config.ema_decay, launch.shard) if config.ema_decay is not None else None
     teacher = make_teacher(config, data, preprocessing, accelerator.device)
     report.describe(console, model, data)
 
@@ -263,7 +263,7 @@ def make_accelerator(config: TrainConfig, launch: Launch, out: Path) -> Accelera
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
             raise InputError(
                 f"accelerate was asked for {engine}, which this command does not use; launch several plain processes "
-                "(accelerate launch --multi_gpu, or torchrun), and say --shard to divide the model among them"
+                "(accelerate launch --multi_gpu, or torchrun), and say --shard true to divide the model among them"
             )
     AcceleratorState._reset_state()  # of an earlier run in this process, with another precision perhaps
     try:

@@ -1,0 +1,85 @@
+"""Two processes compute what one computes: DDP and sharded, recomputed or not, and resumed from one to the other."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from two_processes import ADAM, LAYOUTS, RECIPE, STEPS, recipe_of
+
+from sret.checkpoint import load_state
+from sret.parallel import SyncBatchNorm, synchronize_batch_norm
+from sret.run import LAST, STATE
+from sret.train import train
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=HERE)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """What two processes left, some of it begun by one."""
+    out = tmp_path_factory.mktemp("two")
+    for name in ("adam_sharded", "adam_ddp"):
+        train(ADAM, out / name, max_steps=2)
+    result = launch(HERE / "two_processes.py", out)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_compute_what_one_does(runs, tmp_path, name):
+    """Weights and statistics of BatchNorm after 5 steps, on the same pictures, mixed the same; and their average."""
+    train(recipe_of(name), tmp_path / "one", max_steps=STEPS)
+    one, two = load_state(tmp_path / "one" / STATE), load_state(runs / name / STATE)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(two[part], one[part], atol=1e-6, rtol=0)
+    assert two["sums"]["loss"] == pytest.approx(one["sums"]["loss"], rel=1e-5)
+    start = tmp_path / "start"
+    train(replace(recipe_of(name), learning_rate=1e-12), start, max_steps=1)
+    moved = load_file(start / LAST)["head.weight"] - one["model"]["head.weight"]
+    assert moved.abs().max() > 1e-3  # the comparison is of something
+
+
+@pytest.mark.parametrize("name", ["adam_sharded", "adam_ddp"])
+def test_a_run_goes_on_under_another_layout(runs, tmp_path, name):
+    """Two steps in one process, one in two, one sharded (or not), and the last in one process again."""
+    assert load_state(runs / name / STATE)["step"] == 4
+    train(ADAM, runs / name, resume="auto", max_steps=STEPS)
+    train(ADAM, tmp_path / "one", max_steps=STEPS)
+    one, two = (load_state(folder / STATE) for folder in (tmp_path / "one", runs / name))
+    torch.testing.assert_close(two["model"], one["model"], atol=1e-5, rtol=0)
+    assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
+
+
+def test_one_process_goes_on_with_what_shards_left(runs, tmp_path):
+    train(RECIPE, runs / "back", resume="auto", max_steps=STEPS)
+    train(RECIPE, tmp_path / "one", max_steps=STEPS)
+    one, two = (load_state(folder / STATE) for folder in (tmp_path / "one", runs / "back"))
+    torch.testing.assert_close(two["model"], one["model"], atol=1e-6, rtol=0)
+
+
+def test_batch_norm_is_replaced_with_all_it_knows():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4)))
+    model(torch.randn(5, 3, 8, 8))
+    model[2].requires_grad_(False)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = model.eval()(torch.ones(1, 3, 8, 8))
+    synchronize_batch_norm(model)
+    assert isinstance(model[1], SyncBatchNorm)
+    assert isinstance(model[2][0], SyncBatchNorm)
+    torch.testing.assert_close(dict(model.state_dict()), before)
+    assert torch.equal(model(torch.ones(1, 3, 8, 8)), expected)
+    assert [parameter.requires_grad for parameter in model[2].parameters()] == [False, False]

@@ -1,0 +1,160 @@
+"""Fast distillation: what is stored is what the teacher said of just those crops, and what training replays."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_train import MODEL, NONE, RECIPE
+
+from sret import InputError, SReT, soft_labels
+from sret.checkpoint import Card, save_weights
+from sret.distill import Teacher
+from sret.preprocess import Preprocessing
+from sret.recipe import Distillation
+from sret.sampling import Draw
+from sret.soft_labels import ReplayDataset, write_soft_labels
+from sret.sources import load_data
+from sret.train import train
+
+GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.25,))
+OPTIONS = {"crops": 2, "top_k": 4, "batch_size": 32, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Distillation:
+    """A random model of another normalisation, with a temperature."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    torch.manual_seed(1)
+    model = SReT(replace(MODEL, drop_rate=0.0, drop_path_rate=0.0))
+    torch.nn.init.normal_(model.head.weight, std=2.0)  # with an opinion
+    save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
+    return Distillation(teacher=str(path), temperature=2.0)
+
+
+@pytest.fixture(scope="module")
+def labels(teacher, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("labels") / "digits"
+    assert list(write_soft_labels(out, "digits", teacher, **OPTIONS)) == [(1, 2), (2, 2)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def replayed(labels) -> ReplayDataset:
+    return ReplayDataset(labels, load_data("digits"), GREY)
+
+
+def test_a_replayed_picture_gets_the_answer_that_the_teacher_gives_to_it(replayed, teacher):
+    """The online teacher, asked about what the student is shown, answers what was stored: exactly the crop."""
+    from sret.checkpoint import load_weights
+
+    online = Teacher(load_weights(teacher.teacher)[0], GREY, GREY, teacher.temperature)
+    for picture in (0, 7, 1000, 1221):  # of both shards
+        for epoch in range(2):
+            image, target, errors = replayed[Draw(picture, epoch)]
+            answer = online(image[None])[0]
+            kept = answer.topk(4).indices
+            torch.testing.assert_close(target[kept], answer[kept], atol=1e-3, rtol=1e-3)
+            others = [k for k in range(10) if k not in kept]
+            torch.testing.assert_close(target[others], ((1 - answer[kept].sum()) / 6).expand(6), atol=1e-3, rtol=1e-2)
+            torch.testing.assert_close(target.sum(), torch.ones(()))
+            assert errors == ""
+
+
+def test_epochs_take_the_crops_in_turn(replayed):
+    first, second, third = (replayed[Draw(5, epoch)] for epoch in range(3))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], third[0])
+    assert torch.equal(first[1], third[1])
+
+
+def test_crops_vary_and_half_are_mirrored(labels):
+    shard = load_file(labels / "labels-00000.safetensors")
+    assert shard["crops"].shape == (1000, 2, 4)
+    top, left, height, width = shard["crops"].unbind(-1)
+    assert ((top + height <= 8) & (left + width <= 8) & (height > 0) & (width > 0)).all()
+    assert len(shard["crops"].flatten(0, 1).unique(dim=0)) > 50
+    assert 0.45 < shard["flips"].float().mean() < 0.55
+
+
+def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels, teacher, tmp_path, monkeypatch):
+    expected = [(labels / name).read_bytes() for name in ("labels-00000.safetensors", "labels-00001.safetensors")]
+    passing = write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS)
+    next(passing)
+    passing.close()
+    first, second = (soft_labels.shard_path(tmp_path / "out", shard) for shard in range(2))
+    assert (first.exists(), second.exists()) == (True, False)
+    with pytest.raises(InputError, match=r"is not finished, 1 of 2 shards are missing \(labels-00001.safetensors\)"):
+        ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+    list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
+    assert [first.read_bytes(), second.read_bytes()] == expected
+    damaged = bytearray(expected[0])
+    damaged[-5] ^= 1
+    first.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"damaged: labels-00000.safetensors; the same `sret soft-labels` writes them"):
+        ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+    written = second.stat().st_mtime_ns
+    list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
+    assert first.read_bytes() == expected[0]
+    assert second.stat().st_mtime_ns == written  # kept
+
+
+def test_labels_of_other_settings_or_data_are_refused(labels, teacher, tmp_path):
+    with pytest.raises(InputError, match="begun with other settings: seed was 3, now 4"):
+        list(write_soft_labels(labels, "digits", teacher, **{**OPTIONS, "seed": 4}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="holds something else already"):
+        list(write_soft_labels(tmp_path / "full", "digits", teacher, **OPTIONS))
+    for name, value in (("crops", 0), ("top_k", 11), ("min_scale", 0.0)):
+        with pytest.raises(InputError, match=f"{name} is {value}"):
+            list(write_soft_labels(tmp_path / "x", "digits", teacher, **{name: value}))
+    other = replace(load_data("digits"), class_names=tuple("abcdefghij"))
+    with pytest.raises(InputError, match="holds soft labels of other data"):
+        ReplayDataset(labels, other, GREY)
+    with pytest.raises(InputError, match="no soft labels; `sret soft-labels` writes them"):
+        ReplayDataset(tmp_path / "nowhere", other, GREY)
+    manifest = json.loads((labels / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "novelty": 1}))
+    with pytest.raises(InputError, match="damaged, or of another version"):
+        ReplayDataset(tmp_path, other, GREY)
+
+
+def test_a_run_learns_from_them_and_mixes_them(labels, tmp_path):
+    recipe = replace(RECIPE, soft_labels=labels, augmentation=NONE, label_smoothing=0.0, mixup=0.8, cutmix=1.0)
+    train(recipe, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    train(recipe, tmp_path / "again", max_steps=3)
+    train(recipe, tmp_path / "again", resume="auto")
+    expected = load_file(tmp_path / "run" / "last.safetensors")
+    assert all(torch.equal(t, expected[k]) for k, t in load_file(tmp_path / "again" / "last.safetensors").items())
+
+
+def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(soft_labels, "SHARD_SIZE", 5)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.random.default_rng(i).integers(0, 255, (30, 20), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{i}.png")
+    data = load_data(str(tmp_path / "pets"))
+    data.split("train").images[1].write_text("no picture")
+    model = SReT(replace(MODEL, num_classes=2))
+    path = tmp_path / "teacher.safetensors"
+    save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
+    pets, pass_ = str(tmp_path / "pets"), {"crops": 1, "top_k": 1}
+    with pytest.raises(InputError, match="not a picture that can be read"):
+        list(write_soft_labels(tmp_path / "strict", pets, Distillation(teacher=str(path)), **pass_))
+    with pytest.warns(UserWarning, match="number 1 of at most 1"):
+        list(write_soft_labels(tmp_path / "out", pets, Distillation(teacher=str(path)), max_corrupt=1, **pass_))
+    dataset = ReplayDataset(tmp_path / "out", data, GREY, max_corrupt=1)
+    image, target, errors = dataset[Draw(1, 0)]
+    assert "no picture" not in errors
+    assert "not a picture" in errors
+    assert torch.equal(image, dataset[Draw(2, 0)][0])
+    assert torch.equal(target, dataset[Draw(2, 0)][1])

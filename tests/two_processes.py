@@ -1,0 +1,62 @@
+"""What test_parallel.py runs in each of two processes: the same short runs, in several layouts, one after the other."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sret import ModelConfig, StageConfig
+from sret.augment import Augmentation
+from sret.recipe import Launch, TrainConfig
+from sret.train import train
+
+STEPS = 5
+MODEL = ModelConfig(
+    stages=(
+        StageConfig(embed_dim=16, num_heads=2, num_blocks=1, groups=(4, 2, 2), mlp_ratio=2.0),
+        StageConfig(embed_dim=32, num_heads=2, num_blocks=1, groups=(1, 1), mlp_ratio=2.0),
+    ),
+    img_size=16,
+    in_chans=1,
+    num_classes=10,
+    stem_stride=2,
+)
+# Plain gradient descent with momentum: Adam would magnify rounding where a gradient is nothing but rounding, as that
+# of a bias before BatchNorm is.
+RECIPE = TrainConfig(
+    model=MODEL,
+    epochs=2,
+    batch_size=64,
+    optimizer="sgd",
+    learning_rate=0.02,
+    warmup_epochs=0,
+    clip_grad=1.0,
+    mixup=0.8,
+    cutmix=1.0,
+    ema_decay=0.9,
+    augmentation=Augmentation(geometry="affine", flip=False),
+)
+ADAM = replace(RECIPE, optimizer="adamw", learning_rate=1e-3, layer_decay=0.8, freeze=("stem",))
+LAYOUTS = {
+    "ddp": Launch(),
+    "ddp_recomputed": Launch(grad_checkpointing=True),
+    "sharded": Launch(shard=True),
+    "sharded_recomputed": Launch(shard=True, grad_checkpointing=True),
+    "sharded_accumulated": Launch(shard=True, accumulation=2),
+    "ddp_accumulated": Launch(accumulation=2),
+}
+
+
+def recipe_of(name: str) -> TrainConfig:
+    """The parts of an accumulated step have BatchNorm statistics of their own, unless the stem is frozen."""
+    return replace(RECIPE, freeze=("stem",)) if name.endswith("accumulated") else RECIPE
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    for name, launch in LAYOUTS.items():
+        train(recipe_of(name), out / name, max_steps=STEPS, launch=launch)
+    for name in ("sharded", "ddp"):  # begun by one process (and "sharded" by two of DDP in between)
+        launch = Launch(shard=name == "sharded")
+        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, launch=Launch())
+        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, launch=launch)
+    train(RECIPE, out / "back", max_steps=3, launch=Launch(shard=True))
