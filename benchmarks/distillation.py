@@ -1,0 +1,138 @@
+"""Fast distillation against a teacher that answers online, in seconds per training step.
+
+    python benchmarks/distillation.py --pictures FOLDER [--student sret_t] [--teacher regnety_160] [--batch-size 16]
+
+Three contenders take turns in one process: the data set's labels, a teacher asked in every step, and stored answers
+replayed. A step loads and crops its pictures (one process does everything), asks the teacher if there is one, and
+trains the student: forward, backward, AdamW. Before that it is checked that stored answers are what the teacher says
+of the replayed pictures. Weights are random, which changes no time; the pictures are real files.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.loss import SoftTargetCrossEntropy
+
+from sret import SReT
+from sret.augment import Augmentation
+from sret.data import TrainDataset
+from sret.distill import Teacher, load_teacher, soft_targets
+from sret.recipe import Distillation, TrainConfig
+from sret.run import versions
+from sret.sampling import Draw
+from sret.soft_labels import MANIFEST, ReplayDataset, write_soft_labels
+from sret.sources import load_data
+from sret.sources.folder import IMAGE_SUFFIXES
+from sret.train import fitting_model, preprocessing_for
+
+CROPS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=Path, required=True, help="a folder with pictures anywhere below it")
+    parser.add_argument("--student", default="sret_t")
+    parser.add_argument("--teacher", default="regnety_160", help="a model of timm")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    device = torch.device(options.device)
+    files = sorted(path for path in options.pictures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    for k, path in enumerate(files[: 4 * options.batch_size]):  # two classes, so that it is a data set
+        (folder / "data" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "data" / "ab"[k % 2] / f"{k}{path.suffix}").symlink_to(path.resolve())
+    torch.manual_seed(0)
+    save_file(timm.create_model(options.teacher, num_classes=2).state_dict(), folder / "teacher.safetensors")
+    distillation = Distillation(teacher=options.teacher, teacher_weights=folder / "teacher.safetensors")
+
+    started = time.perf_counter()
+    name = str(folder / "data")
+    list(write_soft_labels(folder / "labels", name, distillation, crops=CROPS, top_k=2, batch_size=options.batch_size))
+    data = load_data(name)
+    num_pictures = len(data.split("train"))
+    labelling = (time.perf_counter() - started) / (CROPS * num_pictures)
+
+    config = TrainConfig(model=options.student, data=name, batch_size=options.batch_size)
+    student_config = fitting_model(config, data)
+    preprocessing = preprocessing_for(student_config, data)
+    model, own = load_teacher(options.teacher, distillation.teacher_weights, data.class_names)
+    teacher = Teacher(model, own, preprocessing, 1.0).to(device)
+    cropped = TrainDataset(data.split("train"), preprocessing, Augmentation())
+    replayed = ReplayDataset(folder / "labels", data, preprocessing)
+    check(replayed, teacher, own == preprocessing, device)
+
+    student = SReT(student_config).to(device).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    criterion = SoftTargetCrossEntropy()
+
+    def step(dataset: TrainDataset, asks: bool) -> None:
+        items = [dataset[Draw(i % num_pictures, 0)] for i in range(options.batch_size)]
+        images = torch.stack([item[0] for item in items]).to(device)
+        labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
+        targets = teacher(images) if asks else soft_targets(labels, 2, 0.0)
+        criterion(student(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    contenders: dict[str, Callable[[], None]] = {
+        "labels of the data": lambda: step(cropped, asks=False),
+        "teacher online": lambda: step(cropped, asks=True),
+        "answers replayed": lambda: step(replayed, asks=False),
+    }
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for turn in range(options.rounds + 1):
+        for contender, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first one warms up
+                seconds[contender].append(time.perf_counter() - started)
+
+    stored = sum(path.stat().st_size for path in (folder / "labels").iterdir() if path.name != MANIFEST)
+    print(f"student {options.student}, teacher {options.teacher}, batch {options.batch_size}, float32, {device}")
+    print(f"{versions()}, {platform.machine()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
+    print(f"{'a training step':<20} {'median s':>9} {'IQR s':>7} {'of online':>10}")
+    online = seconds["teacher online"]
+    rows = {}
+    for contender, times in seconds.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        ratio = statistics.median(a / b for a, b in zip(times, online, strict=True))
+        rows[contender] = {"median_s": median, "iqr_s": high - low, "of_online": ratio}
+        print(f"{contender:<20} {median:>9.3f} {high - low:>7.3f} {ratio:>10.2f}")
+    saved = rows["teacher online"]["median_s"] - rows["answers replayed"]["median_s"]
+    per_crop = {"labelling_s": labelling, "saved_s": saved / options.batch_size, "bytes": stored / CROPS / num_pictures}
+    uses = per_crop["labelling_s"] / per_crop["saved_s"]
+    print(f"\na crop: {labelling:.3f} s to label, once, and {per_crop['bytes']:.0f} bytes; {per_crop['saved_s']:.3f} s")
+    print(f"saved each time it is replayed: it has paid after {uses:.1f} uses")
+    about = {"student": options.student, "teacher": options.teacher, "batch_size": options.batch_size}
+    machine = {"device": str(device), "threads": torch.get_num_threads(), **versions()}
+    print(json.dumps({"benchmark": "distillation", **about, **machine, "step": rows, "crop": per_crop}))
+
+
+def check(replayed: ReplayDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
+    """Stored answers are the teacher's of the replayed pictures; at another size or normalisation, nearly."""
+    for i in range(3):
+        image, target, _ = replayed[Draw(i, 0)]
+        answer = teacher(image[None].to(device))[0].cpu()
+        torch.testing.assert_close(answer, target, atol=2e-3 if is_same_view else 0.1, rtol=0)
+
+
+if __name__ == "__main__":
+    main()
