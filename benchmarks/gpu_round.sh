@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one go: the tests marked gpu, the benchmarks, and the CIFAR-10 recipe for as long as
+# there is time; run again, it goes on with that recipe.
+#
+#   benchmarks/gpu_round.sh CIFAR10 PICTURES OUT MINUTES
+#
+# CIFAR10: a folder of parquet files, or the name cifar10; PICTURES: a folder with photos; OUT receives all results.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+cifar10=$1 pictures=$2 out=$3 minutes=$4
+export PYTHONPATH="$PWD/src" PYTHONUNBUFFERED=1
+mkdir -p "$out"
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
+if [ ! -e "$out/tests.txt" ]; then
+  python3 -m pytest -m gpu 2>&1 | tee "$out/tests.txt"
+  python3 benchmarks/distillation.py --pictures "$pictures" --batch-size 128 2>&1 | tee "$out/distillation.txt"
+fi
+timeout --signal TERM "${minutes}m" python3 -m sret.cli train --config recipes/cifar10.yaml --data "$cifar10" \
+  --out "$out/cifar10" --num_workers "$(nproc)" --save_every 500 --resume auto 2>&1 | tee -a "$out/cifar10.txt"
+python3 -m sret.cli eval --checkpoint "$out/cifar10/best.safetensors" --data "$cifar10" | tee "$out/accuracy.txt"

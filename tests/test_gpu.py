@@ -1,0 +1,37 @@
+"""What only a GPU can show: the same answers as a CPU, and training in every precision."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+from test_train import RECIPE
+
+from sret import SReT
+from sret.checkpoint import load_state
+from sret.recipe import Launch
+from sret.run import METRICS, STATE
+from sret.train import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("permutation", ["random", "strided"])
+def test_a_gpu_answers_as_a_cpu_does(permutation):
+    model, images = SReT(small_config(permutation=permutation)).eval(), torch.randn(3, 3, 64, 80)
+    expected = model(images)
+    torch.testing.assert_close(model.cuda()(images.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("launch", [Launch(), Launch(grad_checkpointing=True, accumulation=2, num_workers=2)])
+def test_every_precision_trains_and_resumes(tmp_path: Path, mixed_precision, launch):
+    recipe = replace(RECIPE, epochs=6, mixed_precision=mixed_precision, mixup=0.2, cutmix=1.0, ema_decay=0.9)
+    train(recipe, tmp_path, max_steps=9, launch=launch)
+    assert (load_state(tmp_path / STATE)["scaler"] is not None) == (mixed_precision == "fp16")
+    train(recipe, tmp_path, resume="auto", launch=launch)
+    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["val_loss"] < 0.95 * rows[0]["val_loss"]
