@@ -46,7 +46,9 @@ def evaluate(
     errors: list[str] = []
     for images, labels, problems in batches:
         errors += [problem for problem in problems if problem]
-        logits, labels = accelerator.gather_for_metrics((model(images).float(), labels))
+        with accelerator.autocast():
+            logits = model(images).float()
+        logits, labels = accelerator.gather_for_metrics((logits, labels))
         logits, labels = logits[labels != UNREADABLE], labels[labels != UNREADABLE]
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = cross_entropy(logits, labels, reduction="sum")

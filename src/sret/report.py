@@ -113,13 +113,13 @@ def memory_in_use(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.device) -> None:
+def draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.device, num_workers: int) -> None:
     """One page: curves, accuracy per class, confusions, and the worst mistakes of the best weights, as pictures."""
     model, card = load_weights(out / BEST)
     model = model.to(device)
     dataset = ImageDataset(data.split("val"), card.preprocessing)
     outputs, labels = [], []
-    for images, batch_labels, _ in DataLoader(dataset, batch_size=64):
+    for images, batch_labels, _ in DataLoader(dataset, batch_size=64, num_workers=num_workers):
         outputs.append(model(images.to(device)).softmax(dim=1).cpu())
         labels.append(batch_labels)
     probabilities, truth = torch.cat(outputs), torch.cat(labels)

@@ -99,11 +99,11 @@ def train(
     model = SReT(model_config)
     if config.init is not None:
         load_pretrained(model, read(config.init, model_config))
-    frozen = freeze(model, config.freeze)
     model.set_grad_checkpointing(launch.grad_checkpointing)
     model.to(accelerator.device)
     if num_ranks > 1:
         parallel.synchronize_batch_norm(model)
+    frozen = freeze(model, config.freeze)
     ema = make_ema(model, config.ema_decay, launch.shard) if config.ema_decay is not None else None
     teacher = make_teacher(config, data, preprocessing, accelerator.device)
     report.describe(console, model, data)
@@ -136,7 +136,7 @@ def train(
         step, sums, rows, best = state["step"], state["sums"], state["rows"], state["best"]
         unreadable.seen |= set(state["unreadable"])
         console.print(f"Resuming {out} at step {step} of {total_steps}", soft_wrap=True)
-    versions = run.versions()
+    recipe, fingerprint, versions = config.to_dict(), data.fingerprint(), run.versions()
 
     def save() -> None:
         tensors = {  # every process takes part in gathering them
@@ -146,7 +146,6 @@ def train(
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
         if accelerator.is_main_process:
-            recipe, fingerprint = config.to_dict(), data.fingerprint()
             metrics = rows[-1] if rows and rows[-1]["step"] == step else {}
             about = {"recipe": recipe, "data": fingerprint, "step": step, "metrics": metrics, "versions": versions}
             card = Card(config=model_config, preprocessing=preprocessing, class_names=data.class_names, training=about)
@@ -246,9 +245,8 @@ def train(
     if best is None:
         console.print(f"Stopped at step {step} of {total_steps}; --resume auto goes on", soft_wrap=True)
         return out / run.LAST
-    if accelerator.is_main_process:
-        report.draw(out, rows, data, accelerator.device)
-    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:  # nobody waits for it
+        report.draw(out, rows, data, accelerator.device, launch.num_workers)
     console.print(
         f"Best validation accuracy {report.merit(best)[0]:.2f} % ({len(val_set)} pictures, epoch {best['epoch']}); "
         f"weights in {out / run.BEST}",

@@ -125,7 +125,7 @@ class Rows(Sequence[Encoded | Path]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> Encoded | Path:  # type: ignore[override]  # not slices: `Taken` has them
+    def __getitem__(self, i: int) -> Encoded | Path:  # type: ignore[override]  # no slices
         value = self.dataset[int(i)][self.column] or {}
         if value.get("bytes") is None and value.get("path"):  # a data set made of files
             return Path(value["path"])

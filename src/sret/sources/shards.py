@@ -126,7 +126,7 @@ class Pictures(Sequence[Encoded]):
     def __len__(self) -> int:
         return int(self.bounds[-1])
 
-    def __getitem__(self, i: int) -> Encoded:  # type: ignore[override]  # not slices: `Taken` has them
+    def __getitem__(self, i: int) -> Encoded:  # type: ignore[override]  # no slices
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = int(np.searchsorted(self.bounds, i, side="right")) - 1

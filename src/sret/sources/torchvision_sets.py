@@ -51,7 +51,7 @@ class Pixels(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, i: int) -> Image.Image:  # type: ignore[override]  # not slices: `Taken` has them
+    def __getitem__(self, i: int) -> Image.Image:  # type: ignore[override]  # no slices
         return Image.fromarray(self.pixels[i])
 
 
