@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from sret.variants import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
+IMAGENET = str(ROOT / "recipes" / "imagenet.yaml")
 SMALL = ["--epochs=1", "--batch-size=256"]
 
 
@@ -79,7 +81,7 @@ def test_a_second_run_into_the_same_folder_needs_to_say_so(run_folder, sret):
     before = (run_folder / "best.safetensors").read_bytes()
     code, _, err = sret("train", "--config", DIGITS, "--out", run_folder, *SMALL)
     assert code == 2
-    assert "--resume auto" in err
+    assert "it is finished: name another --out" in err
     code, out, _ = sret("train", "--config", DIGITS, "--out", run_folder, *SMALL, "--resume", "auto")
     assert code == 0
     assert "Best validation accuracy" in out
@@ -131,7 +133,8 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS, "--out", "x", "--epochs", "many"], "epochs: Expected a int. Got value: many"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
-        (["train", "--config", DIGITS, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
+        (["train", "--config", IMAGENET, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
+        (["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"], "stages of its own, and the name of"),
         (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
@@ -146,10 +149,6 @@ def one_line(err: str) -> str:
         (["eval", "--checkpoint", "x", "--num-workers", "-1"], "num_workers"),
         (["info", "sret_t_unsliced", "--img_size", "-224"], "both sides must be at least 1"),
         (["train", "--config", str(ROOT / "examples/digits/two.png"), "--out", "x"], "the recipe is not a text file"),
-        (
-            ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t", "--model.img_size", "96"],
-            "as in --model.name sret_t",
-        ),
         (["train", "--config", DIGITS, "--out", "x", "--init", "gone.safetensors"], "gone.safetensors: no such file"),
         (["convert", "sret_tt", "x.safetensors"], "did you mean 'sret_t'?"),
         (["convert", "sret_s.dist", "x.safetensors"], "sret_s has no weights tagged 'dist'"),
@@ -284,11 +283,39 @@ def test_a_teacher_can_be_named_on_the_line(run_folder, sret, tmp_path):
     assert recipe["distillation"]["temperature"] == 2
 
 
+@pytest.mark.parametrize("line", [["--model", "sret_lt"], ["--model=sret_lt"], ["--model.name", "sret_lt"]])
+def test_a_model_s_name_leaves_the_recipe_s_changes(line, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sret.train.train", lambda recipe, *_, **__: seen.append(recipe))
+    assert cli.main(["train", "--config", IMAGENET, "--out", "x", *line, "--model.img_size", "96"]) == 0
+    assert seen[0].model == {"name": "sret_lt", "drop_path_rate": 0.1, "img_size": 96}
+
+
+def test_names_need_no_brackets(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sret.train.train", lambda recipe, *rest, **__: seen.append((recipe, rest[-1])))
+    assert cli.main(["train", "--config", DIGITS, "--out", "x", "--freeze", "stem", "--trackers", "tensorboard"]) == 0
+    assert seen[0][0].freeze == ("stem",)
+    assert seen[0][1].trackers == ("tensorboard",)
+
+
 def test_a_dry_run_tells_the_cost_and_leaves_nothing(sret, tmp_path):
     code, out, _ = sret("train", "--config", DIGITS, "--out", tmp_path / "runs" / "x", "--dry-run")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["Data", "Model", "Read", "Read", "Speed", "Time", "Disk"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "Data",
+        "Model",
+        "Read",
+        "Read",
+        "Read",
+        "Speed",
+        "Time",
+        "Disk",
+    ]
     assert "1,140 steps" in out
+    speed = float(re.search(r"Speed   ([\d,]+) images/s", out)[1].replace(",", ""))
+    minutes, seconds = map(int, re.search(r"Time    0:(\d\d):(\d\d) ", out).groups())
+    assert 60 * minutes + seconds == pytest.approx(1140 * 64 / speed, rel=0.1, abs=1)
     assert list(tmp_path.iterdir()) == []
 
 

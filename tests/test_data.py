@@ -84,6 +84,16 @@ def test_validation_is_held_out_where_there_is_none(tmp_path):
     assert {k: len(s) for k, s in load_data(str(tmp_path)).splits.items()} == {"train": 34, "val": 6, "test": 4}
 
 
+def test_loose_pictures_of_a_split_are_not_passed_over(tmp_path):
+    make_folder(tmp_path / "train", {"a": 3, "b": 3})
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "loose.png")
+    with pytest.raises(
+        InputError, match=r"val: its pictures lie loose; sort them into a folder per class, as .*train is"
+    ):
+        load_data(str(tmp_path))
+
+
 def test_data_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match="no data 'nowhere'"):
         load_data("nowhere")
@@ -97,7 +107,7 @@ def test_data_that_cannot_be_is_refused(tmp_path):
     make_folder(tmp_path / "small", {"a": 1, "b": 9})
     small = load_data(str(tmp_path / "small"))
     assert len(small.split("all")) == 10
-    with pytest.raises(InputError, match=r"too few pictures of a \(1\).*at least 3"):
+    with pytest.raises(InputError, match=r"too few pictures of a \(1\).*and for testing; give at least 3"):
         small.split("train")
     make_folder(tmp_path / "odd" / "train", {"a": 3, "b": 3})
     make_folder(tmp_path / "odd" / "val", {"a": 3, "c": 3})
@@ -221,8 +231,10 @@ def test_training_takes_the_next_picture_for_one_it_cannot_read(tmp_path):
     assert label == 0
     assert [line.partition(":")[0][-7:] for line in errors.splitlines()] == ["001.png", "002.png"]
     assert dataset[Draw(0, 0)][2] == ""
+    x, _, errors = TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[Draw(1, 0)]
+    assert not x.any()  # a blank: so many errors end the run
     with pytest.raises(InputError, match=r"more pictures than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
-        TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[Draw(1, 0)]
+        Unreadable(1).note([errors], is_quiet=True)
 
 
 def test_unreadable_pictures_are_named_once_and_counted():

@@ -56,6 +56,11 @@ def test_a_teacher_sees_with_its_own_size_channels_and_normalisation():
     torch.testing.assert_close(RGB.pixels(seen[0]), torch.full((2, 3, 24, 24), 0.7))
 
 
+def test_a_grey_teacher_of_colours_is_refused():
+    with pytest.raises(InputError, match="the teacher knows grey pictures only"):
+        Teacher(nn.Identity(), GREY, RGB, 1.0)
+
+
 def test_a_teacher_is_frozen_and_stays_in_evaluation_mode():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = Teacher(model, RGB, RGB, 1.0).train()
@@ -110,5 +115,5 @@ def test_settings_that_another_would_overrule_are_refused(tmp_path):
         Distillation(teacher="resnet18", temperature=0.0)
     with pytest.raises(InputError, match="it must be even"):
         TrainConfig(model="sret_t", mixup=0.8, batch_size=9)
-    with pytest.raises(InputError, match="timm has no optimizer 'adamv'; did you mean 'adam'"):
-        TrainConfig(model="sret_t", optimizer="adamv")
+    with pytest.raises(InputError, match=r"optimizer is 'madgrad'; it must be one of those .*: adamw, sgd"):
+        TrainConfig(model="sret_t", optimizer="madgrad")

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from sret import InputError
 from sret.data import UNREADABLE, Unreadable
 from sret.evaluate import evaluate
+from sret.stopping import StopRequest
 
 
 def test_metrics_are_those_of_all_pictures_at_once():
@@ -24,6 +27,14 @@ def test_metrics_are_those_of_all_pictures_at_once():
         assert metrics.top1 < metrics.top5 < 100
         torch.testing.assert_close(metrics.loss, cross_entropy(logits.double(), labels).item(), atol=1e-6, rtol=0)
         assert model.training
+
+
+def test_a_stop_ends_it_without_a_number():
+    batches = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), [""] * 4)] * 2
+    stop = StopRequest()
+    assert evaluate(nn.Identity(), batches, Accelerator(), Unreadable(0), stop) is not None
+    stop.signal = signal.SIGTERM
+    assert evaluate(nn.Identity(), batches, Accelerator(), Unreadable(0), stop) is None
 
 
 def test_pictures_that_cannot_be_read_do_not_count():

@@ -199,5 +199,5 @@ def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
 
 def test_an_unwritable_place_is_named_before_any_work(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"the state of step 0 could not be saved \(Not a directory\)"):
+    with pytest.raises(InputError, match=r"the state of step 0 could not be saved \(Not a directory\); name an --out"):
         train(RECIPE, tmp_path / "file" / "run")

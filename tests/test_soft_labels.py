@@ -1,6 +1,7 @@
 """Fast distillation: what is stored is what the teacher said of just those crops, and what training replays."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_data import make_folder
 from test_train import MODEL, NONE, RECIPE
 
 from sret import InputError, SReT, soft_labels
 from sret.checkpoint import Card, save_weights
 from sret.distill import Teacher
+from sret.labelling import write_soft_labels
 from sret.preprocess import Preprocessing
 from sret.recipe import Distillation
 from sret.sampling import Draw
-from sret.soft_labels import ReplayDataset, write_soft_labels
+from sret.soft_labels import ReplayDataset
 from sret.sources import load_data
 from sret.train import train
 
@@ -110,7 +113,7 @@ def test_labels_of_other_settings_or_data_are_refused(labels, teacher, tmp_path)
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="holds something else already"):
         list(write_soft_labels(tmp_path / "full", "digits", teacher, **OPTIONS))
-    for name, value in (("crops", 0), ("top_k", 11), ("min_scale", 0.0)):
+    for name, value in (("crops", 0), ("top_k", 0), ("min_scale", 0.0)):
         with pytest.raises(InputError, match=f"{name} is {value}"):
             list(write_soft_labels(tmp_path / "x", "digits", teacher, **{name: value}))
     other = replace(load_data("digits"), class_names=tuple("abcdefghij"))
@@ -124,6 +127,12 @@ def test_labels_of_other_settings_or_data_are_refused(labels, teacher, tmp_path)
         ReplayDataset(tmp_path, other, GREY)
 
 
+def test_labels_are_not_written_into_their_data(teacher, tmp_path):
+    folder = make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+    with pytest.raises(InputError, match="lies in the data"):
+        next(write_soft_labels(folder / "labels", str(folder), teacher, **OPTIONS))
+
+
 def test_a_run_learns_from_them_and_mixes_them(labels, tmp_path):
     recipe = replace(RECIPE, soft_labels=labels, augmentation=NONE, label_smoothing=0.0, mixup=0.8, cutmix=1.0)
     train(recipe, tmp_path / "run")
@@ -135,8 +144,7 @@ def test_a_run_learns_from_them_and_mixes_them(labels, tmp_path):
     assert all(torch.equal(t, expected[k]) for k, t in load_file(tmp_path / "again" / "last.safetensors").items())
 
 
-def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(soft_labels, "SHARD_SIZE", 5)
+def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(8):
@@ -147,7 +155,7 @@ def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path, monke
     model = SReT(replace(MODEL, num_classes=2))
     path = tmp_path / "teacher.safetensors"
     save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
-    pets, pass_ = str(tmp_path / "pets"), {"crops": 1, "top_k": 1}
+    pets, pass_ = str(tmp_path / "pets"), {"crops": 1, "top_k": 5}  # of two classes
     with pytest.raises(InputError, match="not a picture that can be read"):
         list(write_soft_labels(tmp_path / "strict", pets, Distillation(teacher=str(path)), **pass_))
     with pytest.warns(UserWarning, match="number 1 of at most 1"):
@@ -158,3 +166,39 @@ def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path, monke
     assert "not a picture" in errors
     assert torch.equal(image, dataset[Draw(2, 0)][0])
     assert torch.equal(target, dataset[Draw(2, 0)][1])
+    good = data.split("train").images[0].read_bytes()
+    data.split("train").images[1].write_bytes(good)  # mended since: its answer is still that to no picture
+    image, target, errors = dataset[Draw(1, 0)]
+    assert "picture 1 could not be read when the teacher was asked" in errors
+    assert torch.equal(target, dataset[Draw(2, 0)][1])
+
+
+def test_labels_made_anew_at_the_same_place_are_the_new_ones(labels, teacher, tmp_path):
+    """In one process: no file of the old ones is still open."""
+    for seed in (3, 4):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        list(write_soft_labels(tmp_path / "out", "digits", teacher, **{**OPTIONS, "seed": seed}))
+        dataset = ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+        crop = dataset.label(0, 0)[0]
+        shard = load_file(tmp_path / "out" / "labels-00000.safetensors")
+        assert crop == tuple(shard["crops"][0, 0].tolist())
+    assert dataset.__getstate__()["files"] == {}
+
+
+def test_a_killed_first_write_does_not_bar_the_folder(teacher, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".manifest.json.tmp").write_text("{")
+    next(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
+
+
+def test_a_teacher_that_changed_does_not_go_on(labels, teacher, tmp_path):
+    shutil.copytree(labels, tmp_path / "out")
+    path = Path(teacher.teacher)
+    before = path.read_bytes()
+    model = SReT(replace(MODEL, drop_rate=0.0, drop_path_rate=0.0))
+    try:
+        save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
+        with pytest.raises(InputError, match="begun with other settings: teacher_digest was"):
+            list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
+    finally:
+        path.write_bytes(before)

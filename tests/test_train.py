@@ -12,14 +12,14 @@ from conftest import small_config
 from safetensors.torch import load_file
 from test_data import make_folder
 
-from sret import InputError, ModelConfig, SReT, StageConfig, run
+from sret import InputError, ModelConfig, SReT, StageConfig, parallel, run
 from sret.augment import Augmentation
 from sret.checkpoint import load_state, load_weights
+from sret.labelling import write_soft_labels
 from sret.optim import make_optimizer, make_schedule
-from sret.recipe import Distillation, Launch, TrainConfig, changes
+from sret.recipe import OPTIMIZERS, Distillation, Launch, TrainConfig, changes
 from sret.report import merit
 from sret.run import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
-from sret.soft_labels import write_soft_labels
 from sret.sources import load_data
 from sret.train import train
 from sret.variants import config_of
@@ -136,7 +136,6 @@ SHOWN_ELSEWHERE = {
     "distillation.teacher_weights",  # test_distill.py
     "ema_decay",
     "patience",
-    "max_corrupt",
 }
 
 
@@ -243,7 +242,7 @@ def test_a_finished_run_is_only_reported(whole):
 
 def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    with pytest.raises(InputError, match=r"holds a run already \(step 8 of 8\); add --resume auto"):
+    with pytest.raises(InputError, match=r"holds a run already \(step 8 of 8\); it is finished: name another"):
         train(RECIPE, whole)
     with pytest.raises(InputError, match=r"begun with another recipe: learning_rate was 0.003, now 0.1"):
         train(replace(RECIPE, learning_rate=0.1), whole, resume="auto")
@@ -264,6 +263,70 @@ def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(InputError, match=r"the loss became (nan|inf) at step \d+ \(epoch \d\).*lower learning_rate"):
         train(replace(RECIPE, learning_rate=1e12, warmup_epochs=0, epochs=8), tmp_path / "run")
+
+
+def spoil(monkeypatch, in_step: int) -> None:
+    """From that step on (counted from 1) the gradients are not finite, though the losses of earlier steps were."""
+    step, count = torch.optim.AdamW.step, 0
+
+    def spoiling(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == in_step:
+            self.param_groups[0]["params"][0].grad.fill_(float("nan"))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+
+
+@pytest.mark.parametrize("in_step", [2, 4])  # within an epoch, and in its last step, before the evaluation
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_step):
+    with monkeypatch.context() as patch:
+        spoil(patch, in_step)
+        with pytest.raises(InputError, match=rf"weights became not finite by step {in_step}: .*keeps its last state"):
+            train(RECIPE, tmp_path / "run", launch=Launch(save_every=1))
+    assert load_state(tmp_path / "run" / STATE)["step"] == in_step - 1
+    train(RECIPE, tmp_path / "run", resume="auto", max_steps=in_step)  # and can go on
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_resumes_to_the_same_bits(tmp_path, optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer, learning_rate=1e-3)
+    train(recipe, tmp_path / "whole", max_steps=3)
+    train(recipe, tmp_path / "run", max_steps=2)
+    train(recipe, tmp_path / "run", resume="auto", max_steps=3)
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
+
+
+def test_an_optimizer_that_did_no_step_yet_resumes_as_a_fresh_one(tmp_path):
+    """As after a save while fp16 still looks for its scale: torch alone would make up a step."""
+    model = SReT(MODEL)
+    optimizer = make_optimizer(model, RECIPE)
+    assert parallel.optimizer_state(model, optimizer) == {}
+    parallel.load_optimizer_state(model, optimizer, {})
+    assert not optimizer.state
+
+
+def test_a_teacher_that_changed_is_not_resumed(whole, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes((whole / BEST).read_bytes())
+    recipe = replace(RECIPE, label_smoothing=0.0, distillation=Distillation(teacher=str(teacher)))
+    train(recipe, tmp_path / "run", max_steps=1)
+    train(recipe, tmp_path / "run", max_steps=2, resume="auto")
+    train(replace(RECIPE, seed=5), tmp_path / "other", max_steps=1)
+    teacher.write_bytes((tmp_path / "other" / LAST).read_bytes())
+    with pytest.raises(InputError, match=r"teacher.safetensors has changed since .* was begun"):
+        train(recipe, tmp_path / "run", resume="auto")
+
+
+def test_accelerate_does_not_scale_the_loss_a_second_time(tmp_path, monkeypatch):
+    plain = replace(RECIPE, optimizer="sgd")
+    train(plain, tmp_path / "plain", max_steps=2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(plain, tmp_path / "run", max_steps=2)
+    expected = weights(tmp_path / "plain")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
 
 
 def test_model_and_data_must_fit(tmp_path):
@@ -324,7 +387,6 @@ def test_a_named_variant_can_be_changed():
         ("ema_decay", 0.0),
         ("patience", 0),
         ("mixup", -1.0),
-        ("max_corrupt", -1),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(field, value):
@@ -403,16 +465,15 @@ def test_unreadable_pictures_are_skipped_up_to_the_limit(tmp_path):
     for split in ("train", "val"):
         broken = load_data(str(folder)).split(split).images[0]
         broken.write_text("no picture")
-    recipe = TrainConfig(
-        model=small_config(num_classes=2), data=str(folder), epochs=2, batch_size=8, max_corrupt=2, warmup_epochs=0
-    )
+    recipe = TrainConfig(model=small_config(num_classes=2), data=str(folder), epochs=2, batch_size=8, warmup_epochs=0)
     with pytest.warns(UserWarning, match="not a picture that can be read; skipped, number 2 of at most 2"):
-        train(recipe, tmp_path / "run")
+        train(recipe, tmp_path / "run", launch=Launch(max_corrupt=2))
     assert len(load_state(tmp_path / "run" / STATE)["unreadable"]) == 2
     with pytest.raises(InputError, match="more pictures than max_corrupt 1 cannot be read"):
-        train(replace(recipe, max_corrupt=1), tmp_path / "strict")
+        train(recipe, tmp_path / "strict", launch=Launch(max_corrupt=1))
     with pytest.raises(InputError, match=r"png: not a picture that can be read; mend or remove"):
-        train(replace(recipe, max_corrupt=0), tmp_path / "stricter")
+        train(recipe, tmp_path / "stricter")
+    train(recipe, tmp_path / "strict", resume="auto", launch=Launch(max_corrupt=2))  # as the message advises
 
 
 def test_accumulation_computes_the_same_step(tmp_path):
@@ -435,21 +496,27 @@ def test_trackers_receive_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(RECIPE, tmp_path / "run", launch=Launch(trackers=("tensorboard",)))
-    log = EventAccumulator(str(tmp_path / "run" / "log")).Reload()
+    log = EventAccumulator(str(tmp_path / "run" / "sret")).Reload()
     rows = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
     assert [event.value for event in log.Scalars("val/top1")] == pytest.approx([row["val_top1"] for row in rows])
     assert log.Scalars("train/loss")[-1].step == STEPS
     with pytest.raises(InputError, match="nonesuch"):
         train(RECIPE, tmp_path / "no", launch=Launch(trackers=("nonesuch",)))
+    with pytest.raises(InputError, match="trackers: wandb is not installed; pip install it, or leave it out"):
+        train(RECIPE, tmp_path / "no", launch=Launch(trackers=("tensorboard", "wandb")))
 
 
 def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="shard divides the model among processes, and there is one"):
         train(RECIPE, tmp_path / "run", launch=Launch(shard=True))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="4 processes were launched, and accelerate sees 1"):
+        train(RECIPE, tmp_path / "run")
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="accelerate was asked for FSDP, which this command does not use"):
         train(RECIPE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    for name, value in (("num_workers", -1), ("accumulation", 0), ("save_every", 0)):
+    for name, value in (("num_workers", -1), ("accumulation", 0), ("save_every", 0), ("max_corrupt", -1)):
         with pytest.raises(InputError, match=f"{name} is {value}"):
             Launch(**{name: value})

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from sret import ModelConfig, StageConfig
 from sret.augment import Augmentation
-from sret.recipe import Launch, TrainConfig
+from sret.labelling import write_soft_labels
+from sret.recipe import Distillation, Launch, TrainConfig
+from sret.run import BEST
 from sret.train import train
 
 STEPS = 5
@@ -25,7 +27,7 @@ MODEL = ModelConfig(
 RECIPE = TrainConfig(
     model=MODEL,
     epochs=2,
-    batch_size=64,
+    batch_size=256,  # four steps an epoch, so that five pass an evaluation
     optimizer="sgd",
     learning_rate=0.02,
     warmup_epochs=0,
@@ -43,11 +45,15 @@ LAYOUTS = {
     "sharded_recomputed": Launch(shard=True, grad_checkpointing=True),
     "sharded_accumulated": Launch(shard=True, accumulation=2),
     "ddp_accumulated": Launch(accumulation=2),
+    "ddp_bf16": Launch(),
+    "sharded_bf16": Launch(shard=True),
 }
 
 
 def recipe_of(name: str) -> TrainConfig:
     """The parts of an accumulated step have BatchNorm statistics of their own, unless the stem is frozen."""
+    if name.endswith("bf16"):
+        return replace(RECIPE, mixed_precision="bf16")
     return replace(RECIPE, freeze=("stem",)) if name.endswith("accumulated") else RECIPE
 
 
@@ -60,3 +66,4 @@ if __name__ == "__main__":
         train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, launch=Launch())
         train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, launch=launch)
     train(RECIPE, out / "back", max_steps=3, launch=Launch(shard=True))
+    list(write_soft_labels(out / "labels", "digits", Distillation(teacher=str(out / "ddp" / BEST)), crops=1))

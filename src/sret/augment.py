@@ -69,7 +69,9 @@ class Augmentation:
         Raises `InputError` for a colour policy on grey pictures.
         """
         if self.auto_augment is not None and len(preprocessing.mean) == 1:
-            raise InputError(f"augmentation.auto_augment {self.auto_augment!r} needs colour pictures; these are grey")
+            raise InputError(
+                f"augmentation.auto_augment {self.auto_augment!r} needs colour pictures; these are grey: set it to null"
+            )
         transform = create_transform(
             (len(preprocessing.mean), *preprocessing.img_size),
             is_training=True,

@@ -11,6 +11,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,10 @@ from sret.recipe import Distillation, Launch, TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 (`predict`, some pictures unread), 2 (wrong input) or 130."""
+    """Runs one command and returns its exit code.
+
+    0; 1, `predict` could not read some pictures; 2, wrong input; 130, Ctrl-C. After SIGTERM `train` exits with 143.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", InputWarning)
         warnings.showwarning = _show_warning
@@ -38,7 +42,7 @@ def _main(argv: Sequence[str]) -> int:
     parser = _parser()
     try:
         try:
-            arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
+            arguments = parser.parse_args(_spelt_out(argv))
         except ArgumentError as error:
             raise InputError(_brief(str(error))) from error
         except UnicodeDecodeError as error:
@@ -58,7 +62,7 @@ def _main(argv: Sequence[str]) -> int:
         print(f"sret: error: this needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume auto goes on from the last completed epoch" if argv[:1] == ["train"] else ""
+        hint = "; --resume auto goes on from what was saved" if argv[:1] == ["train"] else ""
         print(f"sret: interrupted{hint}", file=sys.stderr)
         return 130
 
@@ -122,16 +126,25 @@ def _add_soft_labels(parser: ArgumentParser) -> None:
 
 
 def _soft_labels(arguments: Namespace) -> int:
-    from sret.soft_labels import write_soft_labels
+    from accelerate import PartialState
+
+    from sret.labelling import write_soft_labels
 
     options = arguments.as_dict()
     out, data = options.pop("out"), options.pop("data")
     distillation = Distillation(**{field.name: options.pop(field.name) for field in fields(Distillation)})
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("shards of 1,000 pictures", total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    is_main = PartialState().is_main_process
+    bar = Progress(*columns, disable=not is_main)
+    task = bar.add_task("shards of 1,000 pictures")
+    try:
         for done, total in write_soft_labels(out, data, distillation, **options):
+            bar.start()
             bar.update(task, completed=done, total=total)
-    print(f"{out}: complete; train with: --soft_labels {out}")
+    finally:
+        bar.stop()
+    if is_main:
+        print(f"{out}: complete; train with: --soft_labels {out}")
     return 0
 
 
@@ -288,10 +301,17 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
         print(f"sret: warning: {message}", file=sys.stderr)
 
 
-def _with_underscores(argument: str) -> str:
-    """`--max-steps=3` means `--max_steps=3`."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+def _spelt_out(argv: Sequence[str]) -> list[str]:
+    """`--max-steps=3` means `--max_steps=3`; `--model NAME` means `--model.name NAME`, beside what a recipe changes."""
+    spelt = []
+    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+        if name == "--model" and re.fullmatch(r"\w+", value if equals else following):
+            name = "--model.name"
+        spelt.append(name + equals + value)
+    return spelt
 
 
 _UNKNOWN = re.compile(

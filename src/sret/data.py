@@ -2,9 +2,10 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -115,9 +116,9 @@ class ImageData:
         """
         splits = dict(self.given)
         if not self.is_divided:
-            splits["train"], splits["test"] = self._hold_out(splits.pop("all"), TEST_SHARE)
+            splits["train"], splits["test"] = self._hold_out(splits.pop("all"), TEST_SHARE, least=3)
         if "train" in splits and "val" not in splits:
-            splits["train"], splits["val"] = self._hold_out(splits["train"], VAL_SHARE)
+            splits["train"], splits["val"] = self._hold_out(splits["train"], VAL_SHARE, least=2)
         return {name: splits[name] for name in SPLITS if name in splits}
 
     def split(self, name: str) -> Samples:
@@ -133,6 +134,11 @@ class ImageData:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")
         return self.splits[name]
 
+    def refuse_inside(self, out: Path) -> None:
+        """Raises `InputError` for a folder to write to that lies in the data, where it would count as data."""
+        if Path(self.name).is_dir() and out.resolve().is_relative_to(Path(self.name).resolve()):
+            raise InputError(f"{out} lies in the data, {self.name}, and would count as data; name another --out")
+
     def fingerprint(self) -> dict[str, Any]:
         """Class names, and per given split the number of pictures and a digest of their names and labels."""
         prints: dict[str, Any] = {"class_names": list(self.class_names)}
@@ -143,7 +149,7 @@ class ImageData:
             prints[split] = f"{len(samples)} pictures, {digest.hexdigest()[:12]}"
         return prints
 
-    def _hold_out(self, samples: Samples, share: float) -> tuple[Samples, Samples]:
+    def _hold_out(self, samples: Samples, share: float, least: int) -> tuple[Samples, Samples]:
         """(the rest, a stratified random share): the same for the same samples, whatever the seed of a run."""
         labels = np.asarray(samples.labels)
         generator = np.random.Generator(np.random.PCG64(0))
@@ -151,12 +157,13 @@ class ImageData:
         held: list[int] = []
         for label in np.unique(labels):
             indices = generator.permutation(np.flatnonzero(labels == label))
-            count = max(1, round(share * len(indices)))
-            if count == len(indices):
+            if len(indices) < least:
                 raise InputError(
                     f"{self.name}: too few pictures of {self.class_names[label]} ({len(indices)}) to hold some out "
-                    "for testing and for choosing the best weights; give at least 3 of each class"
+                    f"for choosing the best weights{' and for testing' if least > 2 else ''}; give at least {least} of "
+                    "each class"
                 )
+            count = max(1, round(share * len(indices)))
             held += indices[:count].tolist()
             rest += indices[count:].tolist()
         return samples.take(sorted(rest)), samples.take(sorted(held))
@@ -177,17 +184,16 @@ class ImageDataset(Dataset[tuple[Tensor, int, str]]):
         try:
             image = self.preprocessing.load(self.samples.images[index])
         except InputError as error:
-            return torch.zeros(len(self.preprocessing.mean), *self.preprocessing.img_size), UNREADABLE, str(error)
+            return blank_picture(self.preprocessing), UNREADABLE, str(error)
         return self.transform(image), self.samples.labels[index], ""
 
 
-class TrainDataset(Dataset[tuple[Tensor, int, str]]):
-    """Samples for training, as (tensor, label, what could not be read on the way).
+class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
+    """Samples for training, as (tensor, label, what could not be read on the way, one a line).
 
     The augmentation is a function of the seed and the draw alone, whatever the number of workers and however often
-    training was interrupted. In the place of a picture that cannot be read stands the next one that can.
-
-    Raises `InputError`, on fetching, after more than `max_corrupt` unreadable pictures in a row.
+    training was interrupted. In the place of a picture that cannot be read stands the next one that can; after more
+    than `max_corrupt` in a row, a blank, since so many errors end the run.
     """
 
     def __init__(
@@ -207,23 +213,30 @@ class TrainDataset(Dataset[tuple[Tensor, int, str]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, str]:
-        for index, image, errors in self.readable_from(draw.picture):
-            with seeded((self.seed, draw.epoch, index, draw.copy)):
-                return self.transform(image), self.samples.labels[index], errors
-        raise AssertionError("readable_from yields or raises")
-
-    def readable_from(self, start: int) -> Iterator[tuple[int, Any, str]]:
-        """The first picture from `start` on that can be read: (index, PIL image, errors so far, one a line)."""
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any, str]:
         errors: list[str] = []
         while len(errors) <= self.max_corrupt:
-            index = (start + len(errors)) % len(self.samples)
             try:
-                yield index, self.preprocessing.load(self.samples.images[index]), "\n".join(errors)
-                return
+                image, label = self.fetch((draw.picture + len(errors)) % len(self), draw)
+                return image, label, "\n".join(errors)
             except InputError as error:
                 errors.append(str(error))
-        raise too_many(errors, self.max_corrupt)
+        return *self.blank(), "\n".join(errors)
+
+    def fetch(self, index: int, draw: Draw) -> tuple[Tensor, Any]:
+        """Picture number `index` with its label, by the dice of a draw. Raises `InputError` if it cannot be read."""
+        image = self.preprocessing.load(self.samples.images[index])
+        with seeded((self.seed, draw.epoch, index, draw.copy)):
+            return self.transform(image), self.samples.labels[index]
+
+    def blank(self) -> tuple[Tensor, Any]:
+        """A picture and a label of the right shapes."""
+        return blank_picture(self.preprocessing), 0
+
+
+def blank_picture(preprocessing: Preprocessing) -> Tensor:
+    """Zeros of a prepared picture's shape."""
+    return torch.zeros(len(preprocessing.mean), *preprocessing.img_size)
 
 
 class Unreadable:

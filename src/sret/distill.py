@@ -5,6 +5,7 @@
 Source: the authors' release, where the published distilled models come from; there is no factor T^2.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     return one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
+def answer(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
+    """(B, C, H, W) as the model takes them -> (B, K) probabilities, softened by a temperature."""
+    return (model(images).float() / temperature).softmax(dim=1)
+
+
 class Teacher(nn.Module):
     """A frozen model in evaluation mode that looks at the student's pictures with its own eyes.
 
@@ -33,12 +39,16 @@ class Teacher(nn.Module):
         model: any classifier; preprocessing: the resolution and normalisation that it was trained with.
         student: how the pictures that it will be shown were prepared.
         temperature: T.
+
+    Raises `InputError` for a grey teacher of colour pictures.
     """
 
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, student: Preprocessing, temperature: float
     ) -> None:
         super().__init__()
+        if len(preprocessing.mean) == 1 < len(student.mean):
+            raise InputError("the teacher knows grey pictures only, and these are in colour")
         self.model = model.requires_grad_(False).eval()
         self.preprocessing, self.student, self.temperature = preprocessing, student, temperature
 
@@ -48,7 +58,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) as the student takes them -> (B, K) probabilities."""
-        return (self.model(self.see(images)).float() / self.temperature).softmax(dim=1)
+        return answer(self.model, self.see(images), self.temperature)
 
     def see(self, images: Tensor) -> Tensor:
         """The student's pictures with the teacher's channels, size and normalisation."""
@@ -104,10 +114,13 @@ def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mo
     except InputError:
         raise
     except Exception as error:  # of the hub, of the network, of a checkpoint: timm passes on whatever they raise
-        raise InputError(
-            f"the teacher {name} cannot be had: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        cure = (
             "a file of weights for it can be named with teacher_weights"
-        ) from error
+            if weights is None
+            else f"{weights} should hold timm's weights for it, with {num_classes} classes"
+        )
+        raise InputError(f"the teacher {name} cannot be had: {reason}; {cure}") from error
     wanted = resolve_model_data_config(model)
     return model, Preprocessing(
         img_size=tuple(wanted["input_size"][1:]),

@@ -17,6 +17,7 @@ from sret.errors import InputError, some
 from sret.model import SReT
 from sret.recipe import changes
 from sret.sources import load_data
+from sret.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,35 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
     accelerator: Accelerator,
     unreadable: Unreadable,
-) -> Metrics:
-    """Metrics of a prepared model over prepared batches of an `ImageDataset`; the model is left in its mode.
+    stop: StopRequest | None = None,
+) -> Metrics | None:
+    """Metrics, in the precision of the weights, over prepared batches of an `ImageDataset`; the model keeps its mode.
 
-    Pictures that cannot be read do not count. Raises `InputError` if they are too many, or all there are.
+    Pictures that cannot be read do not count. None if a process was told to stop meanwhile.
+
+    Raises `InputError` if too many pictures cannot be read, or none can.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
     errors: list[str] = []
+    is_stopped = False
     for images, labels, problems in batches:
         errors += [problem for problem in problems if problem]
-        with accelerator.autocast():
-            logits = model(images).float()
-        logits, labels = accelerator.gather_for_metrics((logits, labels))
+        logits, labels = accelerator.gather_for_metrics((model(images).float(), labels))
         logits, labels = logits[labels != UNREADABLE], labels[labels != UNREADABLE]
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = cross_entropy(logits, labels, reduction="sum")
-        batch = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, torch.tensor(len(labels))]
-        sums += torch.stack([value.double().cpu() for value in batch])
+        batch = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, loss.new_tensor(len(labels))]
+        sums += torch.stack([value.float() for value in batch]).cpu().double()
+        if stop is not None:
+            wishes = torch.tensor(stop.as_numbers(), device=accelerator.device)
+            is_stopped = bool(accelerator.reduce(wishes, "sum").any())
+        if is_stopped:
+            break
     model.train(was_training)
+    if is_stopped:
+        return None
     unreadable.note(gather_object(errors), is_quiet=not accelerator.is_main_process)
     top1, top5, loss, count = sums.tolist()
     if not count:
@@ -83,6 +93,7 @@ def evaluate_on(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    accelerator = Accelerator()  # first: several processes load the data one after the other
     trained_on, known = card.training.get("recipe", {}).get("data"), card.training.get("data", {})
     if data_name is None and trained_on is None:
         raise InputError("this checkpoint does not say what it was trained on; name the pictures with --data")
@@ -105,10 +116,11 @@ def evaluate_on(
     if split is None:
         is_foreign = not (is_own or data.is_divided)
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
-    accelerator = Accelerator()
     loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)
-    net, loader = accelerator.prepare(model, loader)
-    return evaluate(net, loader, accelerator, Unreadable(max_corrupt)), data.name, split
+    net, loader = model.to(accelerator.device), accelerator.prepare(loader)
+    metrics = evaluate(net, loader, accelerator, Unreadable(max_corrupt))
+    assert metrics is not None  # nobody can stop it
+    return metrics, data.name, split
 
 
 def _is_same(name: str, trained_on: str | None) -> bool:

@@ -7,6 +7,7 @@ computed until a look is due; the look names the very step at which one was not 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from signal import Signals
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +23,12 @@ MOST_STEPS_BETWEEN_LOOKS = 50
 
 @dataclass(frozen=True)
 class Look:
-    """Of the steps since the last look: loss and share of right answers of each; seconds of all; a wish to stop."""
+    """Of the steps since the last look: loss and share of right answers of each; seconds of all; a signal to stop."""
 
     losses: list[float]
     accuracies: list[float]
     seconds: float
-    should_stop: bool
+    signal: Signals | None
 
 
 @dataclass
@@ -53,6 +54,11 @@ class Monitor:
         self._accuracies.append(accuracy)
         self._errors += [error for error in errors if error]
 
+    def agreed_signal(self) -> Signals | None:
+        """The signal that all processes obey, if one of them got one; every process asks at the same time."""
+        numbers = torch.tensor(self.stop.as_numbers(), device=self.accelerator.device)
+        return StopRequest.from_numbers(*self.accelerator.reduce(numbers, "sum").tolist())
+
     @property
     def is_due(self) -> bool:
         is_alone = self.accelerator.num_processes == 1
@@ -61,13 +67,14 @@ class Monitor:
     def look(self) -> Look:
         """Every process calls this after the same steps. Raises `InputError` past the limit of unreadable pictures."""
         steps = len(self._losses)
-        seconds, is_made, errors = time.perf_counter() - self._started, float(self.stop.is_made), len(self._errors)
-        others = torch.tensor([seconds, is_made, errors], device=self.accelerator.device)
-        numbers = torch.cat([torch.stack(self._losses + self._accuracies), others])
-        *scores, seconds, is_made, errors = self.accelerator.reduce(numbers, "mean").tolist()
+        mine = [time.perf_counter() - self._started, len(self._errors), *self.stop.as_numbers()]
+        numbers = [*self._losses, *self._accuracies, *torch.tensor(mine, device=self.accelerator.device)]
+        *scores, seconds, errors, interrupts, terminations = self.accelerator.reduce(
+            torch.stack(numbers), "mean"
+        ).tolist()
         if errors:
             self.unreadable.note(gather_object(self._errors), is_quiet=not self.accelerator.is_main_process)
         self.interval = min(MOST_STEPS_BETWEEN_LOOKS, max(1, int(SECONDS_BETWEEN_LOOKS * steps / seconds)))
         self._losses, self._accuracies, self._errors = [], [], []
         self.restart()
-        return Look(scores[:steps], scores[steps:], seconds, is_made > 0)
+        return Look(scores[:steps], scores[steps:], seconds, StopRequest.from_numbers(interrupts, terminations))

@@ -5,17 +5,18 @@ Beside it stands what the machine decides: with how many processes, and in how m
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.optim import list_optimizers
-
 from sret.augment import Augmentation
 from sret.config import ModelConfig
-from sret.errors import InputError, InputWarning, nearest
+from sret.errors import InputError, InputWarning
 from sret.variants import config_of
+
+# timm's names. It has a hundred, some of which keep a part of their state where no state dict has it.
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "nadamw", "adopt", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class TrainConfig:
         init: weights to start from: a file of ours, or of the authors' for the same variant. None starts afresh.
         epochs: passes over the training pictures.
         batch_size: pictures per step, over all processes.
-        optimizer: timm's name of it.
+        optimizer: "adamw", or another of timm's whose state can be saved whole.
         learning_rate: the peak of a cosine with warm-up, at this batch size.
         min_learning_rate: where the cosine ends.
         warmup_epochs: epochs until the peak; may be a fraction.
@@ -65,7 +66,6 @@ class TrainConfig:
         soft_labels: a folder that `sret soft-labels` wrote: its crops and its teacher's answers in place of the labels.
         ema_decay: of a moving average of the weights, which is then evaluated and kept as the best; None has none.
         patience: stop after this many epochs without a better one; None goes to the end.
-        max_corrupt: pictures that may be skipped because they cannot be read.
         seed: of all randomness.
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """
@@ -81,7 +81,7 @@ class TrainConfig:
     warmup_epochs: float = 3
     weight_decay: float = 0.05
     layer_decay: float | None = None
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[str, ...] | str = ()
     clip_grad: float | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     mixup: float = 0.0
@@ -91,23 +91,28 @@ class TrainConfig:
     soft_labels: Path | None = None
     ema_decay: float | None = None
     patience: int | None = None
-    max_corrupt: int = 0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.rstrip("/") or "/")  # photos/ is photos
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "freeze", _tuple(self.freeze))
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
             raise InputError("model has neither stages nor the name of a published model, as in --model.name sret_t")
+        if isinstance(self.model, dict) and {"name", "stages"} <= self.model.keys():
+            raise InputError(
+                f"model has stages of its own, and the name of a published model, {self.model['name']!r}; "
+                "give one of them"
+            )
         self.model_config()
         self._check_ranges()
         self._check_targets()
-        known = [str(name) for name in list_optimizers()]
-        if self.optimizer not in known:
-            raise InputError(f"timm has no optimizer {self.optimizer!r}{nearest(self.optimizer, known)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"optimizer is {self.optimizer!r}; it must be one of those that resume exactly: {', '.join(OPTIMIZERS)}"
+            )
         if self.warmup_epochs >= self.epochs:
             warnings.warn(
                 f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs: the learning rate never falls",
@@ -125,7 +130,7 @@ class TrainConfig:
             raise InputError(
                 f"min_learning_rate is {self.min_learning_rate}; it must be at least 0 and at most learning_rate"
             )
-        for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "max_corrupt"):
+        for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("layer_decay", "ema_decay"):
@@ -190,6 +195,7 @@ class Launch:
         accumulation: parts that each process computes a step in, one after the other, to need less memory.
         grad_checkpointing: recompute each recursion in backward instead of storing its activations.
         shard: divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP).
+        max_corrupt: pictures that may be skipped because they cannot be read; the next one stands in for each.
         save_every: save the state after every so many steps too, not only after an epoch.
         trackers: such as "tensorboard": accelerate's names of what receives the metrics too.
     """
@@ -198,14 +204,19 @@ class Launch:
     accumulation: int = 1
     grad_checkpointing: bool = False
     shard: bool = False
+    max_corrupt: int = 0
     save_every: int | None = None
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trackers", tuple(self.trackers))
-        for name, least in (("num_workers", 0), ("accumulation", 1), ("save_every", 1)):
+        object.__setattr__(self, "trackers", _tuple(self.trackers))
+        for name, least in (("num_workers", 0), ("accumulation", 1), ("max_corrupt", 0), ("save_every", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -216,5 +227,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
         if isinstance(a, dict) and isinstance(b, dict):
             found += changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} was {a!r}, now {b!r}")
+            found.append(f"{prefix}{key} was {_short(a)}, now {_short(b)}")
     return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -18,6 +18,7 @@ from sret.checkpoint import load_state
 from sret.data import ImageDataset, Unreadable
 from sret.errors import InputError
 from sret.model import SReT
+from sret.monitor import Look
 from sret.recipe import Launch, TrainConfig
 from sret.sources import load_data
 from sret.train import fitting_model, preprocessing_for, train
@@ -37,12 +38,14 @@ def rehearse(config: TrainConfig, out: Path, resume: Literal["auto"] | None, lau
     data = load_data(config.data)
     model_config = fitting_model(config, data)
     preprocessing = preprocessing_for(model_config, data)
-    run.find(out, config, data, may_resume=resume == "auto")
+    run.find(out, config, data, run.sources_of(config, data), may_resume=resume == "auto")
+    looks: list[Look] = []
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".sret-dry-run-", dir=parent) as folder:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                train(config, Path(folder), max_steps=STEPS, launch=replace(launch, trackers=()))
+                quiet = replace(launch, trackers=(), max_corrupt=len(data.split("train")))
+                train(config, Path(folder), max_steps=STEPS, launch=quiet, watch=looks.append)
             if not PartialState().is_main_process:
                 return
             state = load_state(Path(folder) / run.STATE)
@@ -52,14 +55,16 @@ def rehearse(config: TrainConfig, out: Path, resume: Literal["auto"] | None, lau
 
     console = Console(highlight=False, soft_wrap=True)
     report.describe(console, SReT(model_config), data)
-    unreadable = Unreadable(config.max_corrupt)
-    for name in ("train", "val"):
-        dataset = ImageDataset(data.split(name), preprocessing)
+    unreadable = Unreadable(launch.max_corrupt)
+    for name, samples in data.splits.items():
+        dataset = ImageDataset(samples, preprocessing)
         indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(int)).tolist()
-        unreadable.note(dataset[i][2] for i in indices)
-        console.print(f"Read    {len(indices)} of {len(dataset):,} {name} pictures: {len(unreadable.seen)} unreadable")
+        errors = [error for error in (dataset[i][2] for i in indices) if error]
+        console.print(f"Read    {len(indices)} of {len(dataset):,} {name} pictures: {len(errors)} unreadable")
+        unreadable.note(errors)
     memory = report.memory_in_use(PartialState().device) / report.MIB
-    seconds = state["sums"]["seconds"] / min(STEPS, state["step"])
+    timed = looks[1:] or looks  # the first step also starts up
+    seconds = sum(look.seconds for look in timed) / sum(len(look.losses) for look in timed)
     left = timedelta(seconds=round(seconds * state["total_steps"]))
     console.print(f"Speed   {config.batch_size / seconds:,.0f} images/s in the first steps; memory {memory:,.0f} MiB")
     console.print(f"Time    {left} (hours:minutes:seconds) for {state['total_steps']:,} steps, and the evaluations")

@@ -46,7 +46,8 @@ def row(
     """One line of `metrics.jsonl`: an epoch. Losses in nats, accuracies in percent, the rate after its last step.
 
     Args:
-        sums: of loss, share of right answers and seconds over the epoch's steps.
+        sums: of loss, share of right answers and seconds over the epoch's steps. An answer is right if it is the
+            likeliest class of the target: of a mixed one, the larger share; of a teacher's, the teacher's answer.
         metrics: of the weights ("val") and of their moving average ("ema"), on validation pictures.
     """
     values = {
@@ -70,8 +71,10 @@ def merit(row: Mapping[str, Any]) -> tuple[float, float]:
 class Progress:
     """Within this context a live bar on a terminal, lines for the epochs everywhere, numbers for the trackers."""
 
-    def __init__(self, console: Console, accelerator: Accelerator, total_steps: int, step: int) -> None:
-        self.console, self.accelerator, self.total_steps = console, accelerator, total_steps
+    def __init__(
+        self, console: Console, accelerator: Accelerator, epoch_steps: int, total_steps: int, step: int
+    ) -> None:
+        self.console, self.accelerator, self.epoch_steps = console, accelerator, epoch_steps
         columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn())
         self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=total_steps, completed=step)
@@ -87,11 +90,9 @@ class Progress:
         """The steps since the last look."""
         loss, accuracy = (float(np.mean(values)) for values in (look.losses, look.accuracies))
         speed, memory = len(look.losses) * batch_size / look.seconds, memory_in_use(self.accelerator.device)
-        self.bar.update(
-            self.task,
-            completed=step,
-            description=f"loss {loss:.3f}  accuracy {accuracy:4.0%}  {speed:,.0f} images/s  {memory / MIB:,.0f} MiB",
-        )
+        epoch = (step - 1) // self.epoch_steps + 1
+        text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.0%}  {speed:,.0f}/s  {memory / MIB:,.0f} MiB"
+        self.bar.update(self.task, completed=step, description=text)
         values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / MIB}
         self.accelerator.log({**{f"train/{key}": value for key, value in values.items()}, "rate": rate}, step=step)
 

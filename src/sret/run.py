@@ -1,5 +1,6 @@
 """A training run's folder: claimed before the first step, resumed only by what began it, never overwritten."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -19,23 +20,42 @@ BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt",
 REPORT = "report.png"
 CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
 STATE_KEYS = {
-    *("config", "data", "step", "total_steps", "sums", "rows", "best", "unreadable"),
+    *("config", "sources", "step", "total_steps", "sums", "rows", "best", "unreadable"),
     *("model", "ema", "optimizer", "scaler"),
 }
 
 
-def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> dict[str, Any] | None:
+def sources_of(config: TrainConfig, data: ImageData) -> dict[str, Any]:
+    """What a recipe names, told apart by content: its data, and the files of its teacher."""
+    prints: dict[str, Any] = {"data": data.fingerprint()}
+    if config.soft_labels is not None:
+        prints["soft_labels"] = digest(config.soft_labels / "manifest.json")
+    if config.distillation is not None:
+        for name in (config.distillation.teacher, config.distillation.teacher_weights):
+            if name is not None and Path(name).is_file():
+                prints[str(name)] = digest(Path(name))
+    return prints
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(
+    out: Path, config: TrainConfig, data: ImageData, sources: dict[str, Any], may_resume: bool
+) -> dict[str, Any] | None:
     """The state of the run in `out` to go on from, or None if the folder is free.
 
-    Raises `InputError` if the folder holds anything that would be overwritten, another recipe's run, or a run on data
-    that has changed since.
+    Raises `InputError` if the folder holds anything that would be overwritten, another recipe's run, or a run on
+    sources that have changed since.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out names a folder")
-    if Path(data.name).is_dir() and out.resolve().is_relative_to(Path(data.name).resolve()):
-        raise InputError(
-            f"{out} lies in the data, {data.name}, where its pictures would count as data; name another --out"
-        )
+    data.refuse_inside(out)
     if not (out / STATE).exists():
         if present := [name for name in CONTENTS if (out / name).exists()]:
             raise InputError(f"{out} holds {', '.join(present)} of another run, without its state; name another --out")
@@ -46,14 +66,18 @@ def find(out: Path, config: TrainConfig, data: ImageData, may_resume: bool) -> d
     if not state.keys() >= STATE_KEYS:
         raise InputError(f"{out / STATE} is not the state of a run of this version of sret; name another --out")
     if not may_resume:
+        is_finished = state["step"] == state["total_steps"]
         raise InputError(
             f"{out} holds a run already (step {state['step']} of {state['total_steps']}); "
-            "add --resume auto to continue it, or name another --out"
+            f"{'it is finished: ' if is_finished else 'add --resume auto to continue it, or '}name another --out"
         )
     if changed := changes(state["config"], config.to_dict()):
         raise InputError(f"{out} was begun with another recipe: {some(changed)}; name another --out")
-    if changed := changes(state["data"], data.fingerprint()):
-        raise InputError(f"{data.name} has changed since {out} was begun: {some(changed)}; name another --out")
+    for name, before in state["sources"].items():
+        if changed := changes({"content": before}, {"content": sources.get(name)}):
+            what = data.name if name == "data" else name
+            phrases = [phrase.removeprefix("content.") for phrase in changed]
+            raise InputError(f"{what} has changed since {out} was begun: {some(phrases)}; name another --out")
     return state
 
 
@@ -68,9 +92,10 @@ def save(out: Path, state: dict[str, Any], card: Card) -> None:
     try:
         _save(out, state, card)
     except OSError as error:
+        before = "what was saved before is whole, and --resume auto goes on from it"
         raise InputError(
             f"{out}: the state of step {state['step']} could not be saved ({error.strerror or error}); "
-            "what was saved before is whole, and --resume auto goes on from it"
+            f"{before if state['step'] else 'name an --out that can be written to'}"
         ) from error
 
 

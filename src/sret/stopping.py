@@ -30,17 +30,26 @@ class StopRequest:
         for kind, handler in self._before.items():
             signal.signal(kind, handler)
 
-    def obey(self) -> None:
-        """Raises what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+    def as_numbers(self) -> list[float]:
+        """(interrupted, terminated) as 0 or 1, for processes to add up."""
+        return [float(self.signal == signal.SIGINT), float(self.signal == signal.SIGTERM)]
+
+    @staticmethod
+    def from_numbers(interrupts: float, terminations: float) -> signal.Signals | None:
+        """The signal that all processes obey, if one of them got one."""
+        return signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+def obey(number: signal.Signals) -> None:
+    """Raises what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def leave_process_group(_: int) -> None:

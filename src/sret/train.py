@@ -6,16 +6,15 @@ step, part of the step). So a run that is stopped at any step and resumed ends w
 """
 
 import math
-import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from signal import Signals
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from rich.console import Console
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -27,19 +26,20 @@ from sret.checkpoint import Card
 from sret.config import ModelConfig
 from sret.data import ImageData, ImageDataset, TrainDataset, Unreadable
 from sret.distill import Teacher, load_teacher, soft_targets
-from sret.errors import InputError
+from sret.errors import InputError, InputWarning, some
 from sret.evaluate import evaluate
 from sret.model import SReT
-from sret.monitor import Monitor
+from sret.monitor import Look, Monitor
 from sret.optim import freeze, make_ema, make_optimizer, make_schedule
 from sret.preprocess import Preprocessing
 from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
 from sret.soft_labels import ReplayDataset, read_manifest
 from sret.sources import load_data
-from sret.stopping import StopRequest, leave_process_group
+from sret.stopping import StopRequest, leave_process_group, obey
 from sret.weights import load_pretrained, read
 
+MOST_LEFT_OUT = 0.2  # of the pictures, by the last batch of an epoch, before a warning
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
 
 
@@ -49,6 +49,7 @@ def train(
     resume: Literal["auto"] | None = None,
     max_steps: int | None = None,
     launch: Launch | None = None,
+    watch: Callable[[Look], None] | None = None,
 ) -> Path:
     """Trains and leaves in `out` the best and last weights, the resumable state, metrics and a report.
 
@@ -56,6 +57,7 @@ def train(
         out: a folder without a run in it, unless `resume` is "auto", which then continues that run.
         max_steps: stop after this many optimizer steps in all, resumable, whatever `epochs` says.
         launch: how this machine computes the steps.
+        watch: is called with what a look at the last steps showed, about once a second.
 
     Returns the path of the best weights (the last, if it stopped before the first epoch's end).
     Raises `InputError` for what cannot be: an occupied folder, data and model that do not fit, a foreign state.
@@ -64,17 +66,22 @@ def train(
     launch = launch or Launch()
     if max_steps is not None and max_steps < 1:
         raise InputError(f"max_steps is {max_steps}; it must be at least 1")
-    accelerator = make_accelerator(config, launch, out)
+    accelerator = parallel.make_accelerator(config, launch, out)
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
 
     # Data
-    with accelerator.main_process_first():  # which may have to fetch or index it
-        data = load_data(config.data)
+    data = load_data(config.data)
     model_config = fitting_model(config, data)
     preprocessing = preprocessing_for(model_config, data)
-    state = run.find(out, config, data, may_resume=resume == "auto")
-    train_set = training_set(config, data, preprocessing)
+    sources = run.sources_of(config, data)
+    state = run.find(out, config, data, sources, may_resume=resume == "auto")
+    steps_found = gather_object([state["step"] if state else 0])
+    if len(set(steps_found)) > 1:
+        raise InputError(
+            f"processes found other states in {out}, of steps {steps_found}; --out must be on a shared disk"
+        )
+    train_set = training_set(config, data, preprocessing, launch.max_corrupt)
     val_set = ImageDataset(data.split("val"), preprocessing)
     batches = EpochBatches(
         len(train_set),
@@ -87,11 +94,14 @@ def train(
     )
     loading: dict[str, Any] = {
         "num_workers": launch.num_workers,
-        "persistent_workers": launch.num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
         "worker_init_fn": leave_process_group,
     }
-    train_loader = DataLoader(train_set, batch_sampler=batches, **loading)
+    if (left := len(train_set) - batches.steps * config.batch_size) > MOST_LEFT_OUT * len(train_set):
+        text = f"an epoch is {batches.steps} step(s) of batch_size {config.batch_size} and leaves out {left} pictures, "
+        text += f"others each time, of {len(train_set)}; a smaller batch_size leaves out fewer"
+        warnings.warn(text, InputWarning, stacklevel=2)
+    train_loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=launch.num_workers > 0, **loading)
     val_loader = accelerator.prepare(DataLoader(val_set, max(1, config.batch_size // num_ranks), **loading))
 
     # Model
@@ -114,7 +124,7 @@ def train(
             parallel.shard(part)
     optimizer = accelerator.prepare(make_optimizer(model, config))
     schedule = make_schedule(optimizer.optimizer, config, batches.steps)
-    net: nn.Module = model if launch.shard else accelerator.prepare(model)
+    net: nn.Module = model if launch.shard else parallel.replicate(model, accelerator.device)
     criterion = SoftTargetCrossEntropy()
     temperature = temperature_of(config)
     total_steps = config.epochs * batches.steps
@@ -125,7 +135,7 @@ def train(
     sums = {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0}  # over the steps of the epoch
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
-    unreadable = Unreadable(config.max_corrupt)
+    unreadable = Unreadable(launch.max_corrupt)
     if state is not None:
         parallel.load_model_state(model, state["model"])
         parallel.load_optimizer_state(model, optimizer.optimizer, state["optimizer"])
@@ -136,28 +146,41 @@ def train(
         step, sums, rows, best = state["step"], state["sums"], state["rows"], state["best"]
         unreadable.seen |= set(state["unreadable"])
         console.print(f"Resuming {out} at step {step} of {total_steps}", soft_wrap=True)
-    recipe, fingerprint, versions = config.to_dict(), data.fingerprint(), run.versions()
+    recipe, versions = config.to_dict(), run.versions()
 
     def save() -> None:
+        spoilt = parallel.non_finite(model)
+        parallel.raise_together(
+            f"weights became not finite by step {step}: {some(spoilt)}; {out} keeps its last state; try a lower "
+            "learning_rate, a longer warm-up or clip_grad"
+            if spoilt
+            else None
+        )
         tensors = {  # every process takes part in gathering them
             "model": parallel.model_state(model),
             "ema": parallel.model_state(ema.module) if ema is not None else None,
             "optimizer": parallel.optimizer_state(model, optimizer.optimizer),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         }
+        error = None
         if accelerator.is_main_process:
             metrics = rows[-1] if rows and rows[-1]["step"] == step else {}
-            about = {"recipe": recipe, "data": fingerprint, "step": step, "metrics": metrics, "versions": versions}
+            about = {"recipe": recipe, "data": sources["data"], "step": step, "metrics": metrics, "versions": versions}
             card = Card(config=model_config, preprocessing=preprocessing, class_names=data.class_names, training=about)
             progress = {"step": step, "total_steps": total_steps, "sums": sums, "rows": rows, "best": best}
             seen = sorted(unreadable.seen)
-            run.save(out, {"config": recipe, "data": fingerprint, **progress, "unreadable": seen, **tensors}, card)
-        accelerator.wait_for_everyone()
+            values = {"config": recipe, "sources": sources, **progress, "unreadable": seen, **tensors}
+            try:
+                run.save(out, values, card)
+            except InputError as caught:
+                error = str(caught)
+        parallel.raise_together(error)
 
     if state is None:
         save()  # claims the folder, and shows that it can be written to before any work is done
     if launch.trackers:
-        accelerator.init_trackers("log", {key: str(value) for key, value in config.to_dict().items()})
+        about = {key: str(value) for key, value in recipe.items()}
+        accelerator.init_trackers("sret", about, init_kwargs={"wandb": {"name": out.name}})
 
     # Steps
     def compute(part: int) -> tuple[Tensor, Tensor, Sequence[str]]:
@@ -171,7 +194,7 @@ def train(
         torch.manual_seed((config.seed << 32) + (step * launch.accumulation + part) * num_ranks + rank)
         model.permuter.load_state_dict({"seed": config.seed, "count": step * PERMUTATIONS_PER_STEP})
         is_last = part == launch.accumulation - 1
-        with nullcontext() if is_last else accelerator.no_sync(net):
+        with parallel.gradients_shared(net, is_last):
             with accelerator.autocast():
                 targets = targets if teacher is None else teacher(images)
                 logits = net(images).float()
@@ -179,10 +202,10 @@ def train(
             accelerator.backward(loss / launch.accumulation)
         return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean(), errors
 
-    with StopRequest() as stop, report.Progress(console, accelerator, total_steps, step) as progress:
+    with StopRequest() as stop, report.Progress(console, accelerator, batches.steps, total_steps, step) as progress:
         monitor = Monitor(accelerator, unreadable, stop)
-        should_stop = False
-        while not should_stop and (step < last_step or len(rows) < step // batches.steps):
+        signal: Signals | None = None  # which all processes have agreed on
+        while signal is None and (step < last_step or len(rows) < step // batches.steps):
             if (
                 best is not None
                 and config.patience is not None
@@ -201,7 +224,7 @@ def train(
                 for module in frozen:
                     module.eval()
                 monitor.restart()
-                while step < end and not should_stop:
+                while step < end and signal is None:
                     schedule.step_update(step)
                     losses, accuracies, errors = zip(*map(compute, range(launch.accumulation)), strict=True)
                     if config.clip_grad is not None:
@@ -219,29 +242,36 @@ def train(
                         sums["loss"] = sum(look.losses, sums["loss"])
                         sums["accuracy"] = sum(look.accuracies, sums["accuracy"])
                         sums["seconds"] += look.seconds
-                        should_stop = look.should_stop
+                        signal = look.signal
+                        if watch is not None:
+                            watch(look)
                         progress.show(step, look, config.batch_size, optimizer.param_groups[-1]["lr"])
-                    if must_save and step < end and not should_stop:
+                    if must_save and step < end and signal is None:
                         save()
-                if should_stop or step % batches.steps:
+                        monitor.restart()
+                if signal is not None or step % batches.steps:
                     save()
                     break
-            metrics = {"val": evaluate(net, val_loader, accelerator, unreadable)}
-            if ema is not None:
-                metrics["ema"] = evaluate(ema.module, val_loader, accelerator, unreadable)
+            evaluated = {"val": model} if ema is None else {"val": model, "ema": ema.module}
+            metrics = {k: evaluate(part, val_loader, accelerator, unreadable, stop) for k, part in evaluated.items()}
+            complete = {name: measured for name, measured in metrics.items() if measured is not None}
+            if len(complete) < len(metrics):  # told to stop; the evaluation comes first when the run is resumed
+                signal = monitor.agreed_signal()
+                save()
+                break
             rate = optimizer.param_groups[-1]["lr"]
-            rows.append(report.row(step, batches.steps, config.batch_size, rate, sums, metrics))
+            rows.append(report.row(step, batches.steps, config.batch_size, rate, sums, complete))
             best = max((row for row in (best, rows[-1]) if row), key=report.merit)
             progress.epoch(rows[-1], best)
             save()
-            should_stop = num_ranks == 1 and stop.is_made
+            signal = monitor.agreed_signal()
 
     # What is left behind
     if launch.trackers:
         accelerator.end_training()
-    if should_stop:
+    if signal is not None:
         console.print(f"Stopped and saved at step {step} of {total_steps}; --resume auto goes on", soft_wrap=True)
-        stop.obey()
+        obey(signal)
     if best is None:
         console.print(f"Stopped at step {step} of {total_steps}; --resume auto goes on", soft_wrap=True)
         return out / run.LAST
@@ -255,33 +285,11 @@ def train(
     return out / run.BEST
 
 
-def make_accelerator(config: TrainConfig, launch: Launch, out: Path) -> Accelerator:
-    """The processes, devices and precision of a run. Raises `InputError` for an engine that would not be used."""
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
-            raise InputError(
-                f"accelerate was asked for {engine}, which this command does not use; launch several plain processes "
-                "(accelerate launch --multi_gpu, or torchrun), and say --shard true to divide the model among them"
-            )
-    AcceleratorState._reset_state()  # of an earlier run in this process, with another precision perhaps
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=list(launch.trackers) or None, project_dir=out
-        )
-    except ValueError as error:  # an unknown tracker, a precision that the device has not
-        raise InputError(str(error)) from error
-    if launch.shard and accelerator.num_processes == 1:
-        raise InputError("shard divides the model among processes, and there is one; start more, with torchrun")
-    if launch.shard and config.mixed_precision == "fp16":
-        raise InputError("shard does not go with fp16; use bf16")
-    return accelerator
-
-
-def training_set(config: TrainConfig, data: ImageData, preprocessing: Preprocessing) -> TrainDataset:
+def training_set(config: TrainConfig, data: ImageData, preprocessing: Preprocessing, max_corrupt: int) -> TrainDataset:
     """The training pictures, with the labels of the data or with those of a teacher."""
     if config.soft_labels is not None:
-        return ReplayDataset(config.soft_labels, data, preprocessing, config.max_corrupt)
-    return TrainDataset(data.split("train"), preprocessing, config.augmentation, config.seed, config.max_corrupt)
+        return ReplayDataset(config.soft_labels, data, preprocessing, max_corrupt)
+    return TrainDataset(data.split("train"), preprocessing, config.augmentation, config.seed, max_corrupt)
 
 
 def make_teacher(

@@ -243,7 +243,11 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
         grid = model.pos_embed.weight.shape[-2:]
         adapted["pos_embed.weight"] = resize(adapted["pos_embed.weight"], (grid[0], grid[1]))
     if "stem.conv1.weight" in adapted and adapted["stem.conv1.weight"].shape[1] != model.in_chans:
-        adapted["stem.conv1.weight"] = adapt_input_conv(model.in_chans, adapted["stem.conv1.weight"])
+        weight = adapted["stem.conv1.weight"]
+        if weight.shape[1] == 1:  # timm adapts from three channels only: grey weights see the mean of the channels
+            adapted["stem.conv1.weight"] = weight.repeat(1, model.in_chans, 1, 1) / model.in_chans
+        else:
+            adapted["stem.conv1.weight"] = adapt_input_conv(model.in_chans, weight)
     load_strictly(model, adapted)
 
 

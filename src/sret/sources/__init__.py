@@ -1,7 +1,12 @@
 """Where labelled pictures come from: one name, whatever holds them."""
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import distributed
 
 from sret.data import ImageData
 from sret.errors import InputError, nearest
@@ -29,6 +34,25 @@ def load_data(name: str) -> ImageData:
 
     Raises `InputError` if there is no such data.
     """
+    with first_on_each_machine():
+        return _load(name)
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """The first process of each machine goes first, so that the others find what it fetched or indexed."""
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    is_first = is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        distributed.barrier()
+    try:
+        yield
+    finally:  # also after an error, which the others then meet themselves
+        if is_first and not is_alone:
+            distributed.barrier()
+
+
+def _load(name: str) -> ImageData:
     if name == "digits":
         return load_digits()
     if name in TORCHVISION_SETS:
