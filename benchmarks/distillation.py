@@ -27,6 +27,7 @@ from sret import SReT
 from sret.augment import Augmentation
 from sret.data import TrainDataset
 from sret.distill import Teacher, load_teacher, soft_targets
+from sret.fitting import fitting_model, preprocessing_for
 from sret.labelling import write_soft_labels
 from sret.recipe import Distillation, TrainConfig
 from sret.run import versions
@@ -34,7 +35,6 @@ from sret.sampling import Draw
 from sret.soft_labels import MANIFEST, ReplayDataset
 from sret.sources import load_data
 from sret.sources.folder import IMAGE_SUFFIXES
-from sret.train import fitting_model, preprocessing_for
 
 CROPS = 2
 

@@ -5,13 +5,11 @@ read and exits with 1 if there were others.
 """
 
 import json
-import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sret.augment import Augmentation
 from sret.config import ModelConfig, StageConfig
-from sret.errors import InputError, InputWarning, nearest
+from sret.errors import InputError, InputWarning
+from sret.parsing import brief, spelt_out
 from sret.recipe import Distillation, Launch, TrainConfig
 
 
@@ -42,9 +41,9 @@ def _main(argv: Sequence[str]) -> int:
     parser = _parser()
     try:
         try:
-            arguments = parser.parse_args(_spelt_out(argv))
+            arguments = parser.parse_args(spelt_out(argv))
         except ArgumentError as error:
-            raise InputError(_brief(str(error))) from error
+            raise InputError(brief(str(error), _options(), list(COMMANDS))) from error
         except UnicodeDecodeError as error:
             raise InputError(f"the recipe is not a text file ({error})") from error
         return COMMANDS[arguments.subcommand].run(arguments[arguments.subcommand])
@@ -296,57 +295,15 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _options() -> list[str]:
+    """Every name that a line or a recipe can give a value to."""
+    names = [field.name for kind in (TrainConfig, ModelConfig, StageConfig, Augmentation) for field in fields(kind)]
+    return names + [action.dest for command in COMMANDS.values() for action in command.parser()._actions]
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     if issubclass(category, InputWarning):  # those of the libraries underneath are not a user's business
         print(f"sret: warning: {message}", file=sys.stderr)
-
-
-def _spelt_out(argv: Sequence[str]) -> list[str]:
-    """`--max-steps=3` means `--max_steps=3`; `--model NAME` means `--model.name NAME`, beside what a recipe changes."""
-    spelt = []
-    for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-        if name == "--model" and re.fullmatch(r"\w+", value if equals else following):
-            name = "--model.name"
-        spelt.append(name + equals + value)
-    return spelt
-
-
-_UNKNOWN = re.compile(
-    r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: -*([^\s=]+)"
-)
-_NOISE = re.compile(
-    r"Does not validate against any|Subtypes:|Errors:|Problem with given class_path|Given value type:"
-    r"|- Expected a <class 'str'>|Parser key \"[^\"]+\":$"
-)
-
-
-def _brief(message: str) -> str:
-    """jsonargparse's message, several lines and a dump of all values, as what was wrong and what would work."""
-    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if unknown := _UNKNOWN.search(message):
-        name = next(filter(None, unknown.groups()))
-        known = [field.name for kind in (TrainConfig, ModelConfig, StageConfig) for field in fields(kind)]
-        known += [action.dest for command in COMMANDS.values() for action in command.parser()._actions]
-        if name in (field.name for field in fields(ModelConfig)):
-            return f"unknown option {name!r}; did you mean 'model.{name}'?"
-        where = f" in {path}" if path else ""
-        return f"unknown option {name!r}{where}{nearest(name.rpartition('.')[2], known)}"
-    if choice := re.search(r"invalid choice: '([^']*)'", message):
-        return f"unknown command {choice[1]!r}{nearest(choice[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
-    if 'expected "subcommand"' in message:
-        return f"name a command: {', '.join(COMMANDS)}; `sret COMMAND --help` says more"
-    if required := re.search(r"the following arguments are required: (.*)", message):
-        names = [name.rpartition(".")[2] for name in required[1].split(", ")]
-        return f"missing {', '.join(names)}{f' in {path}' if path else ''}"
-    given = re.search(r"Given value: (.*)", message)
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
-    kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
-    text = re.sub(r"<class '(\w+)'>", r"\1", "; ".join(kept)).replace("typing.", "")
-    suffix = f" (given {given[1]})" if given and "Expected" in text and "Got" not in text else ""
-    return f"{path}: {text}{suffix}" if path else f"{text}{suffix}"
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from sret import report, run
 from sret.checkpoint import load_state
 from sret.data import ImageDataset, Unreadable
 from sret.errors import InputError
+from sret.fitting import fitting_model, preprocessing_for
 from sret.model import SReT
 from sret.monitor import Look
 from sret.recipe import Launch, TrainConfig
 from sret.sources import load_data
-from sret.train import fitting_model, preprocessing_for, train
+from sret.train import train
 
 READ = 200  # pictures of each split, evenly spread
 STEPS = 4

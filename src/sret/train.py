@@ -23,18 +23,16 @@ from torch.utils.data import DataLoader
 from sret import parallel, report, run
 from sret.augment import mix
 from sret.checkpoint import Card
-from sret.config import ModelConfig
-from sret.data import ImageData, ImageDataset, TrainDataset, Unreadable
-from sret.distill import Teacher, load_teacher, soft_targets
+from sret.data import ImageDataset, Unreadable
+from sret.distill import soft_targets
 from sret.errors import InputError, InputWarning, some
 from sret.evaluate import evaluate
+from sret.fitting import fitting_model, make_teacher, preprocessing_for, temperature_of, training_set
 from sret.model import SReT
 from sret.monitor import Look, Monitor
 from sret.optim import freeze, make_ema, make_optimizer, make_schedule
-from sret.preprocess import Preprocessing
 from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
-from sret.soft_labels import ReplayDataset, read_manifest
 from sret.sources import load_data
 from sret.stopping import StopRequest, leave_process_group, obey
 from sret.weights import load_pretrained, read
@@ -285,24 +283,6 @@ def train(
     return out / run.BEST
 
 
-def training_set(config: TrainConfig, data: ImageData, preprocessing: Preprocessing, max_corrupt: int) -> TrainDataset:
-    """The training pictures, with the labels of the data or with those of a teacher."""
-    if config.soft_labels is not None:
-        return ReplayDataset(config.soft_labels, data, preprocessing, max_corrupt)
-    return TrainDataset(data.split("train"), preprocessing, config.augmentation, config.seed, max_corrupt)
-
-
-def make_teacher(
-    config: TrainConfig, data: ImageData, preprocessing: Preprocessing, device: torch.device
-) -> Teacher | None:
-    """The recipe's teacher for pictures so prepared, on a device; None if it has none."""
-    if config.distillation is None:
-        return None
-    wanted = config.distillation
-    model, own = load_teacher(wanted.teacher, wanted.teacher_weights, data.class_names)
-    return Teacher(model, own, preprocessing, wanted.temperature).to(device)
-
-
 def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path) -> None:
     """Raises `InputError` naming the first of the steps up to `step` whose loss is not finite."""
     for before, loss in enumerate(losses):
@@ -312,36 +292,3 @@ def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path
                 f"the loss became {loss} at step {at} (epoch {(at - 1) // epoch_steps + 1}); {out} keeps its last "
                 "state; try a lower learning_rate, a longer warm-up or clip_grad"
             )
-
-
-def fitting_model(config: TrainConfig, data: ImageData) -> ModelConfig:
-    """The model of a recipe for a data set. Raises `InputError` if its classes or channels are not the data's."""
-    if len(data.class_names) < 2:
-        raise InputError(
-            f"{data.name} has one class, {data.class_names[0]!r}, and nothing to tell it from; "
-            "name the folder that holds a sub-folder per class"
-        )
-    wanted = config.model_config(len(data.class_names), data.in_chans)
-    if wanted.num_classes != len(data.class_names):
-        raise InputError(
-            f"the model has {wanted.num_classes} classes, {data.name} has {len(data.class_names)}; "
-            f"set model.num_classes to {len(data.class_names)}"
-        )
-    if wanted.in_chans != data.in_chans:
-        raise InputError(
-            f"the model takes {wanted.in_chans} channels, {data.name} has {data.in_chans}; "
-            f"set model.in_chans to {data.in_chans}"
-        )
-    return wanted
-
-
-def preprocessing_for(config: ModelConfig, data: ImageData) -> Preprocessing:
-    """How pictures of a data set become inputs of a model."""
-    return Preprocessing(img_size=config.input_size, mean=data.mean, std=data.std, crop_pct=data.crop_pct)
-
-
-def temperature_of(config: TrainConfig) -> float:
-    """What the student's logits are divided by: 1 without a teacher."""
-    if config.soft_labels is not None:
-        return float(read_manifest(config.soft_labels).distillation["temperature"])
-    return config.distillation.temperature if config.distillation else 1.0
