@@ -99,9 +99,7 @@ def test_teachers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"gone.pth: no such file of weights for the teacher resnet18"):
         load_teacher("resnet18", tmp_path / "gone.pth", TEN)
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(
-        InputError, match=r"resnet18 cannot be had: .*should hold timm's weights for it, with 10"
-    ):
+    with pytest.raises(InputError, match=r"resnet18 cannot be had: .*should hold timm's weights for it, with 10"):
         load_teacher("resnet18", tmp_path / "bad.safetensors", TEN)
 
 

@@ -63,6 +63,11 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch_steps: int) -
     )
 
 
+def rate_of(optimizer: Optimizer) -> float:
+    """The learning rate as it is now; with `layer_decay`, that of the last layer."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
 def make_ema(model: nn.Module, decay: float, is_sharded: bool = False) -> ModelEmaV3:
     """A moving average of the weights; `update(model, step)` decays less in the first steps.
 

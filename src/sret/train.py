@@ -30,7 +30,7 @@ from sret.evaluate import evaluate
 from sret.fitting import fitting_model, make_teacher, preprocessing_for, temperature_of, training_set
 from sret.model import SReT
 from sret.monitor import Look, Monitor
-from sret.optim import freeze, make_ema, make_optimizer, make_schedule
+from sret.optim import freeze, make_ema, make_optimizer, make_schedule, rate_of
 from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
 from sret.sources import load_data
@@ -204,11 +204,7 @@ def train(
         monitor = Monitor(accelerator, unreadable, stop)
         signal: Signals | None = None  # which all processes have agreed on
         while signal is None and (step < last_step or len(rows) < step // batches.steps):
-            if (
-                best is not None
-                and config.patience is not None
-                and rows[-1]["epoch"] - best["epoch"] >= config.patience
-            ):
+            if has_stalled(rows, best, config.patience):
                 console.print(f"Stopped early: no better epoch in {config.patience}", soft_wrap=True)
                 break
             epoch, done = divmod(step, batches.steps)
@@ -243,7 +239,7 @@ def train(
                         signal = look.signal
                         if watch is not None:
                             watch(look)
-                        progress.show(step, look, config.batch_size, optimizer.param_groups[-1]["lr"])
+                        progress.show(step, look, config.batch_size, rate_of(optimizer))
                     if must_save and step < end and signal is None:
                         save()
                         monitor.restart()
@@ -257,8 +253,7 @@ def train(
                 signal = monitor.agreed_signal()
                 save()
                 break
-            rate = optimizer.param_groups[-1]["lr"]
-            rows.append(report.row(step, batches.steps, config.batch_size, rate, sums, complete))
+            rows.append(report.row(step, batches.steps, config.batch_size, rate_of(optimizer), sums, complete))
             best = max((row for row in (best, rows[-1]) if row), key=report.merit)
             progress.epoch(rows[-1], best)
             save()
@@ -281,6 +276,11 @@ def train(
         soft_wrap=True,
     )
     return out / run.BEST
+
+
+def has_stalled(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, patience: int | None) -> bool:
+    """Whether the best epoch lies `patience` epochs back."""
+    return best is not None and patience is not None and rows[-1]["epoch"] - best["epoch"] >= patience
 
 
 def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path) -> None:
