@@ -5,6 +5,7 @@ read and exits with 1 if there were others.
 """
 
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -302,7 +303,8 @@ def _options() -> list[str]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    if issubclass(category, InputWarning):  # those of the libraries underneath are not a user's business
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, which all warn alike
+    if issubclass(category, InputWarning) and is_first:  # those of the libraries underneath are not a user's business
         print(f"sret: warning: {message}", file=sys.stderr)
 
 

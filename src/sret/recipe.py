@@ -16,7 +16,7 @@ from sret.errors import InputError, InputWarning
 from sret.variants import config_of
 
 # timm's names. It has a hundred, some of which keep a part of their state where no state dict has it.
-OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "nadamw", "adopt", "muon")
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "nadamw", "adopt")
 
 
 @dataclass(frozen=True, kw_only=True)
