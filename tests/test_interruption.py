@@ -62,9 +62,9 @@ class Forks:
 
     def __init__(self, out: Path) -> None:
         command = [sys.executable, "-c", FORKS, str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=HERE, env=environment, **pipes)
+        # With as many threads as the undisturbed run: their number decides the order of sums.
+        self.process = subprocess.Popen(command, cwd=HERE, **pipes)
 
     def __enter__(self) -> "Forks":
         return self
@@ -108,13 +108,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(whole, tmp_path)
     with Forks(out) as forks:
         while True:
             is_in_save = kills % 2 == 1
-            moment = {"last_write": dice.randint(1, 9)} if is_in_save else {"seconds": dice.uniform(0.1, 1.5)}
+            moment = {"last_write": dice.randint(1, 9)} if is_in_save else {"seconds": dice.uniform(0.1, 0.8)}
             if forks.run(**(moment if kills < 14 else {})):
                 break
             kills += 1
             if (out / STATE).exists():
                 load_state(out / STATE)  # whole at every moment
-    assert kills > 6
+    assert kills > 3
     assert_same(out, whole)
     assert {path.name for path in out.iterdir()} == set(CONTENTS)
 
