@@ -84,7 +84,7 @@ def test_crops_vary_and_half_are_mirrored(labels):
     assert 0.45 < shard["flips"].float().mean() < 0.55
 
 
-def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels, teacher, tmp_path, monkeypatch):
+def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels, teacher, tmp_path):
     expected = [(labels / name).read_bytes() for name in ("labels-00000.safetensors", "labels-00001.safetensors")]
     passing = write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS)
     next(passing)

@@ -242,3 +242,13 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(drive, tmp_path):
     with pytest.raises(InputError, match=r"could not fetch sret_t.in1k from https://drive.*load_official\(FILE\)"):
         timm.create_model("sret_t", pretrained=True)
     assert not list((tmp_path / "hub/checkpoints/sret").iterdir())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_weights_go_over_to_other_channels(before, after):
+    """What grey weights answer to a picture, they answer to its three equal channels, and the other way round."""
+    source, target = (SReT(small_config(in_chans=channels)).eval() for channels in (before, after))
+    weights.load_pretrained(target, source.state_dict())
+    grey = torch.randn(2, 1, 64, 64)
+    answers = [model(grey.expand(-1, channels, -1, -1)) for model, channels in ((source, before), (target, after))]
+    torch.testing.assert_close(answers[1], answers[0], atol=1e-5, rtol=1e-5)
