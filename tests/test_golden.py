@@ -82,9 +82,10 @@ def test_evaluation_answers_as_recorded(recording):
 
 def test_a_training_step_has_the_recorded_loss_and_gradients(recording):
     model, record = recording
+    model = model.double()  # so that the rounding compared is the recording's alone
     with replay(permutations(record, "train")):
-        loss = cross_entropy(model.train()(record["input"]), torch.tensor([0, 1]))
-    torch.testing.assert_close(loss, record["train.loss"], atol=1e-5, rtol=0)
+        loss = cross_entropy(model.train()(record["input"].double()), torch.tensor([0, 1]))
+    torch.testing.assert_close(loss.float(), record["train.loss"], atol=1e-5, rtol=0)
     loss.backward()
     names = official_keys(model.config)
     assert sum(key.startswith("train.grad.") for key in record) == len(list(model.parameters()))

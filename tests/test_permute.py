@@ -44,14 +44,6 @@ def test_a_strided_permutation_is_undone_for_any_sizes(num_tokens, data):
     assert torch.equal(permutation.undo(permutation.apply(x)), x)
 
 
-def test_strided_makes_no_gather():
-    x = torch.randn(2, 64, 8)
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda t: StridedPermutation(8).apply(t))(x)
-    calls = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
-    assert calls
-    assert not any("index" in call or "gather" in call for call in calls)
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 5000))
 def test_the_fixed_permutation_is_one_for_every_length(num_tokens):

@@ -8,6 +8,7 @@ from sret.checkpoint import load
 from sret.config import ModelConfig, StageConfig
 from sret.cost import model_cost
 from sret.errors import InputError
+from sret.fuse import fuse
 from sret.model import SReT
 from sret.weights import load_official
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "SReT",
     "StageConfig",
+    "fuse",
     "layers",
     "load",
     "load_official",

@@ -5,6 +5,7 @@ file of tensors and plain values, read with `weights_only=True`. Both are writte
 that an interrupted save leaves the previous file whole.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sret.config import ModelConfig
 from sret.errors import InputError, some
+from sret.fuse import fuse
 from sret.model import SReT
 from sret.preprocess import Preprocessing
 from sret.reading import read_pickle, read_safetensors
@@ -35,12 +37,14 @@ class Card:
         preprocessing: what turns a picture into its input.
         class_names: in the order of the logits; empty if unknown.
         training: where the weights come from: data, epoch, metrics, versions, as plain values.
+        is_fused: whether the weights are those of `fuse(model)`.
     """
 
     config: ModelConfig
     preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
+    is_fused: bool = False
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.config.num_classes:
@@ -48,6 +52,17 @@ class Card:
 
     def name_of(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
+
+    def check_classes(self, data_name: str, class_names: tuple[str, ...]) -> None:
+        """Raises `InputError` if the classes of some data, in the order of their labels, are not these."""
+        if self.config.num_classes != len(class_names):
+            raise InputError(
+                f"the checkpoint knows {self.config.num_classes} classes, {data_name} has {len(class_names)}; "
+                "give data with the same classes"
+            )
+        if self.class_names and self.class_names != class_names:
+            pairs = [f"{a!r}, not {b!r}" for a, b in zip(class_names, self.class_names, strict=True) if a != b]
+            raise InputError(f"{data_name} has other classes than the checkpoint: {some(pairs)}")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -60,6 +75,7 @@ class Card:
             preprocessing=Preprocessing(**values["preprocessing"]),
             class_names=tuple(values["class_names"]),
             training=values["training"],
+            is_fused=values.get("is_fused", False),
         )
 
 
@@ -77,6 +93,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file; empty if there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
     """A safetensors file of the weights, each tensor once, with the card in its metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
@@ -91,19 +115,24 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
     state_dict, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
         raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
-    try:
-        card = Card.from_json(metadata[METADATA_KEY])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
+    card = read_card(path, metadata[METADATA_KEY])
     spoilt = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
     if spoilt:
         raise InputError(f"{path}: holds numbers that are not finite, in {some(spoilt)}; the file is damaged")
-    model = SReT(card.config)
+    model = fuse(SReT(card.config)) if card.is_fused else SReT(card.config)
     try:
         load_strictly(model, state_dict)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return model.eval(), card
+
+
+def read_card(path: str | os.PathLike[str], text: str) -> Card:
+    """The card in the metadata of a file. Raises `InputError` naming the file if it cannot be read."""
+    try:
+        return Card.from_json(text)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
 
 
 def load(path: str | os.PathLike[str]) -> SReT:

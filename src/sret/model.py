@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError
 from sret.layers import Block, ConvPool, ConvStem, NonLinearProjection, Permuter, PositionEmbedding, Recursion
-from sret.layers.projection import LAYER_NORM_EPS
+from sret.layers.linear import LAYER_NORM_EPS
 
 
 class Stage(nn.Module):
@@ -48,7 +48,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, permuter: Permuter) -> Tensor:
         x = self.pool(x)
         H, W = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C), contiguous
         for recursion in self.recursions:
             assert isinstance(recursion, Recursion)
             # Drawn out here, so that a recomputed forward sees the permutations of the first one.
@@ -186,6 +186,18 @@ class SReT(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the pass of a recursion, once for all that have equal shapes, and not the unrolled model.
+
+        That takes seconds for any depth. `options` are those of `torch.compile`.
+        """
+        # A pass is compiled for every stage and number of slices, in training and in evaluation.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * sum(len(set(s.groups)) for s in self.config.stages))
+        for module in self.modules():
+            if isinstance(module, Recursion):
+                module.compile(**options)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -194,6 +194,8 @@ class Launch:
         num_workers: processes that load pictures, beside each process that trains.
         accumulation: parts that each process computes a step in, one after the other, to need less memory.
         grad_checkpointing: recompute each recursion in backward instead of storing its activations.
+        compile: compile a pass of each stage first, which takes a minute or two and a C++ compiler; steps then take
+            less time and memory.
         shard: divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP).
         max_corrupt: pictures that may be skipped because they cannot be read; the next one stands in for each.
         save_every: save the state after every so many steps too, not only after an epoch.
@@ -203,6 +205,7 @@ class Launch:
     num_workers: int = 0
     accumulation: int = 1
     grad_checkpointing: bool = False
+    compile: bool = False
     shard: bool = False
     max_corrupt: int = 0
     save_every: int | None = None
@@ -213,6 +216,8 @@ class Launch:
         for name, least in (("num_workers", 0), ("accumulation", 1), ("max_corrupt", 0), ("save_every", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.compile and self.shard:
+            raise InputError("compile and shard exclude each other: sharded weights are gathered between the passes")
 
 
 def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:

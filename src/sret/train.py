@@ -122,6 +122,8 @@ def train(
             parallel.shard(part)
     optimizer = accelerator.prepare(make_optimizer(model, config))
     schedule = make_schedule(optimizer.optimizer, config, batches.steps)
+    if launch.compile:
+        model.compile()
     net: nn.Module = model if launch.shard else parallel.replicate(model, accelerator.device)
     criterion = SoftTargetCrossEntropy()
     temperature = temperature_of(config)

@@ -11,10 +11,12 @@ Letters: B batch, N tokens, C channels, G slices, M tokens in a slice, H heads, 
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from sret.errors import InputError
-from sret.layers.permute import Permutation
+from sret.layers.dot_product import attend
+from sret.layers.linear import LAYER_NORM_EPS, has_hooks, is_plain, linear, norm_linear, scaled
+from sret.layers.permute import Permutation, StridedPermutation
+from sret.layers.residual import LearnableResidual
 
 
 def slice_lengths(num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
@@ -51,24 +53,69 @@ class SlicedAttention(nn.Module):
 
         Raises `InputError` if there are more slices than tokens.
         """
-        cuts = slice_lengths(x.shape[1], num_groups)
         if permutation is not None:
             x = permutation.apply(x)
-        parts = self.qkv(x).split([slices * length for slices, length in cuts], dim=1)
-        attended = [self._attend(part, slices) for part, (slices, _) in zip(parts, cuts, strict=True)]
-        x = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        x = self.within_slices(self.qkv(x), num_groups)
         if permutation is not None:
             x = permutation.undo(x)
         return self.proj(x)
 
-    def _attend(self, qkv: Tensor, num_groups: int) -> Tensor:
-        """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so fused kernels still apply."""
-        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        H = self.num_heads
-        qkv = qkv.reshape(B * num_groups, N // num_groups, 3, H, C // H)  # (B*G, M, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B*G, H, M, D)
-        y = scaled_dot_product_attention(q, k, v)
-        return y.transpose(1, 2).reshape(B, N, C)
+    def within_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
+        """(B, N, 3C) -> (B, N, C): tokens attend to those that lie beside them, in `num_groups` slices."""
+        cuts = slice_lengths(qkv.shape[1], num_groups)
+        if len(cuts) == 1:
+            return self._equal_slices(qkv, num_groups)
+        parts = qkv.split([slices * length for slices, length in cuts], dim=1)
+        return torch.cat([self._equal_slices(part, cut[0]) for part, cut in zip(parts, cuts, strict=True)], dim=1)
+
+    def _equal_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
+        """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so that one fused kernel serves all."""
+        B, N, C, H, G = *qkv.shape[:2], qkv.shape[2] // 3, self.num_heads, num_groups
+        qkv = qkv.reshape(B * G, N // G, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B*G, H, M, D)
+        return attend(qkv).transpose(1, 2).reshape(B, N, C)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+class AttentionResidual(LearnableResidual):
+    """y = alpha x + beta SlicedAttention(LN(x)), (B, N, C) -> (B, N, C)."""
+
+    branch: SlicedAttention
+
+    def __init__(self, dim: int, num_heads: int, drop_prob: float = 0.0, is_learnable: bool = True) -> None:
+        norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        super().__init__(SlicedAttention(dim, num_heads), norm, drop_prob, is_learnable)
+
+    def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
+        """beta SlicedAttention(LN(x)), by scaling the output projection's weights; a strided permutation is a view."""
+        attn = self.branch
+        if not is_plain(attn.qkv, attn.proj) or has_hooks(self.norm, attn, attn.qkv, attn.proj):
+            return super().scaled_branch(x, num_groups, permutation)
+        if isinstance(permutation, StridedPermutation) and x.shape[1] % num_groups == 0:
+            y = self._strided(x, num_groups)
+        else:
+            if permutation is not None:
+                x = permutation.apply(x)
+            y = attn.within_slices(norm_linear(x, self.norm, attn.qkv.weight, attn.qkv.bias), num_groups)
+            if permutation is not None:
+                y = permutation.undo(y)
+        return linear(y, *scaled(attn.proj, self.beta))
+
+    def _strided(self, x: Tensor, num_groups: int) -> Tensor:
+        """(B, N, C) -> (B, N, C): slice g holds tokens g, g + G, ...; slices ride beside heads in one axis of a view.
+
+        That takes q, k and v of a head next to each other. The layer has all of q first, then k, then v; its rows are
+        reordered here, which costs what B N times fewer numbers cost.
+        """
+        B, N, C = x.shape
+        H, G = self.branch.num_heads, num_groups
+        weight, bias = (
+            t.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
+            for t in (self.branch.qkv.weight, self.branch.qkv.bias)
+        )
+        qkv = norm_linear(x, self.norm, weight, bias).view(B, N // G, G * H, 3, C // H)  # (B, M, G*H, 3, D)
+        return attend(qkv.permute(3, 0, 2, 1, 4)).transpose(1, 2).reshape(B, N, C)
+
+    def last_layer(self) -> nn.Module:
+        return self.branch.proj

@@ -6,13 +6,11 @@
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297.
 """
 
-from timm.layers import Mlp
 from torch import Tensor, nn
 
-from sret.layers.attention import SlicedAttention
+from sret.layers.attention import AttentionResidual
+from sret.layers.mlp import MlpResidual
 from sret.layers.permute import Permutation
-from sret.layers.projection import LAYER_NORM_EPS
-from sret.layers.residual import LearnableResidual
 
 
 class Block(nn.Module):
@@ -27,12 +25,8 @@ class Block(nn.Module):
         is_residual_learnable: bool = True,
     ) -> None:
         super().__init__()
-
-        def residual(branch: nn.Module) -> LearnableResidual:
-            return LearnableResidual(branch, nn.LayerNorm(dim, LAYER_NORM_EPS), drop_prob, is_residual_learnable)
-
-        self.attn = residual(SlicedAttention(dim, num_heads))
-        self.mlp = residual(Mlp(dim, int(dim * mlp_ratio)))
+        self.attn = AttentionResidual(dim, num_heads, drop_prob, is_residual_learnable)
+        self.mlp = MlpResidual(dim, mlp_ratio, drop_prob, is_residual_learnable)
 
     def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C): one pass."""

@@ -53,31 +53,23 @@ class IndexPermutation:
 
 @dataclass(frozen=True)
 class StridedPermutation:
-    """Slice g receives tokens g, g + G, g + 2G, ...: a reshape and a transpose, no gather.
+    """Slice g receives tokens g, g + G, g + 2G, ...
 
-    Where G does not divide N, the first N mod G slices hold one token more, as `SlicedAttention` cuts them.
+    Where G divides N, `AttentionResidual` needs neither method: it takes a view. Where it does not, the first N mod G
+    slices hold one token more, as `SlicedAttention` cuts them.
     """
 
     num_groups: int
 
     def apply(self, x: Tensor) -> Tensor:
-        length, longer = divmod(x.shape[1], self.num_groups)
-        grid, rest = x.split([length * self.num_groups, longer], dim=1)
-        grid = grid.unflatten(1, (length, self.num_groups)).transpose(1, 2)  # (B, G, M, C)
-        if not longer:
-            return grid.flatten(1, 2)
-        long = torch.cat([grid[:, :longer], rest.unsqueeze(2)], dim=2)
-        return torch.cat([long.flatten(1, 2), grid[:, longer:].flatten(1, 2)], dim=1)
+        return self._indices(x).apply(x)
 
     def undo(self, x: Tensor) -> Tensor:
-        length, longer = divmod(x.shape[1], self.num_groups)
-        long, short = x.split([longer * (length + 1), (self.num_groups - longer) * length], dim=1)
-        short = short.unflatten(1, (self.num_groups - longer, length))  # (B, G - longer, M, C)
-        if not longer:
-            return short.transpose(1, 2).flatten(1, 2)
-        long = long.unflatten(1, (longer, length + 1))
-        grid = torch.cat([long[:, :, :length], short], dim=1)
-        return torch.cat([grid.transpose(1, 2).flatten(1, 2), long[:, :, length]], dim=1)
+        return self._indices(x).undo(x)
+
+    def _indices(self, x: Tensor) -> IndexPermutation:
+        N, G = x.shape[1], self.num_groups
+        return IndexPermutation(torch.cat([torch.arange(g, N, G, device=x.device) for g in range(G)]))
 
 
 def fixed_permutation(num_tokens: int, device: torch.device | str | None = None) -> Tensor:

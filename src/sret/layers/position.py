@@ -34,7 +34,8 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H', W') -> (B, C, H', W')."""
-        return x + self._resized((x.shape[-2], x.shape[-1]))
+        embedding = self._resized((x.shape[-2], x.shape[-1]))
+        return x + embedding.contiguous(memory_format=torch.channels_last)  # as the stem's output lies in memory
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; drops the cache."""

@@ -6,18 +6,11 @@ Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.0
 Every pass has its own; nothing of it is shared.
 """
 
-from timm.layers import Mlp
-from torch import nn
-
-from sret.layers.residual import LearnableResidual
-
-LAYER_NORM_EPS = 1e-6
+from sret.layers.mlp import MlpResidual
 
 
-class NonLinearProjection(LearnableResidual):
+class NonLinearProjection(MlpResidual):
     """(B, N, C) -> (B, N, C), with int(C x ratio) hidden channels and an exact GELU."""
 
     def __init__(self, dim: int, ratio: float = 1.0, is_residual_learnable: bool = True) -> None:
-        super().__init__(
-            Mlp(dim, int(dim * ratio)), norm=nn.LayerNorm(dim, LAYER_NORM_EPS), is_learnable=is_residual_learnable
-        )
+        super().__init__(dim, ratio, is_learnable=is_residual_learnable)

@@ -7,12 +7,21 @@ for R = 2; here `groups` has one entry per pass, and its length is R.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sret.errors import InputError
 from sret.layers.block import Block
 from sret.layers.permute import Permutation
+
+
+def one_pass(
+    block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
+) -> Tensor:
+    """(B, N, C) -> (B, N, C): the block, then a projection."""
+    return projection(block(x, num_groups, permutation))
 
 
 class Recursion(nn.Module):
@@ -31,6 +40,7 @@ class Recursion(nn.Module):
         self.block = block
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
+        self._pass = one_pass
 
     def is_permuted(self, recursion: int) -> bool:
         """Whether pass number `recursion` (from 0) permutes its tokens: every sliced pass but the first."""
@@ -39,8 +49,15 @@ class Recursion(nn.Module):
     def forward(self, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
         """(B, N, C) -> (B, N, C); `permutations` has one entry per pass, `None` for raster order."""
         for num_groups, permutation, projection in zip(self.groups, permutations, self.projections, strict=True):
-            x = projection(self.block(x, num_groups, permutation))
+            x = self._pass(self.block, projection, x, num_groups, permutation)
         return x
+
+    def compile(self, **options: Any) -> None:
+        """Compiles one pass, which all recursions of equal shapes then use; options are those of `torch.compile`."""
+        self._pass = torch.compile(one_pass, **{"dynamic": False, **options})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pass": one_pass}  # compiled code is not copied
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

@@ -5,11 +5,13 @@
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, learnable residual coefficients.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+from sret.layers.linear import is_plain
 
 
 class LearnableResidual(nn.Module):
@@ -35,7 +37,46 @@ class LearnableResidual(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); further arguments go to the branch."""
-        y = self.drop_path(self.branch(self.norm(x), *args))
-        if self.alpha is None or self.beta is None:
-            return x + y
-        return self.alpha * x + self.beta * y
+        y = self.drop_path(self.scaled_branch(x, *args))
+        return x + y if self.alpha is None else weighted_sum(x, self.alpha, y)
+
+    def scaled_branch(self, x: Tensor, *args: Any) -> Tensor:
+        """beta f(norm(x)). A subclass that knows f multiplies its last weights instead, which are fewer."""
+        y = self.branch(self.norm(x), *args)
+        return y if self.beta is None else self.beta * y
+
+    def last_layer(self) -> nn.Module | None:
+        """The linear layer that f ends with, if a subclass knows it."""
+        return None
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Makes beta a part of the branch's last layer, if that is known."""
+        last = self.last_layer()
+        if self.beta is not None and last is not None and is_plain(last):
+            for parameter in last.parameters():
+                parameter.mul_(self.beta)
+            self.beta = None
+
+
+def weighted_sum(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
+    """alpha x + y, for alpha of shape (1,), in one pass over memory."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return cast(Tensor, _WeightedSum.apply(x, alpha, y))
+    return torch.addcmul(y, x, alpha)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """As autograd's own, but that alpha's gradient is a dot product: it stores no product of activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        ctx.y_dtype = y.dtype
+        return torch.addcmul(y, x, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        x, alpha = ctx.saved_tensors
+        grad_alpha = torch.dot(grad.flatten(), x.to(grad.dtype).flatten()).view(1).to(alpha.dtype)
+        return grad * alpha, grad_alpha, grad.to(ctx.y_dtype)

@@ -4,8 +4,9 @@ Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.0
 "Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021, arXiv:2103.16302.
 """
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sret.errors import InputError
 
@@ -31,9 +32,18 @@ class ConvStem(nn.Module):
         self.bn3 = nn.BatchNorm2d(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = relu(self.bn1(self.conv1(x)))
-        x = relu(self.bn2(self.conv2(x)))
-        return relu(self.bn3(self.conv3(x)))
+        # Channels last, here and so in all that follows: faster convolutions, and tokens are a view of the feature map.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.bn1(self.conv1(x)).relu_()  # in place: these are the largest tensors of all
+        x = self.bn2(self.conv2(x)).relu_()
+        return self.bn3(self.conv3(x)).relu_()
+
+    def fold(self) -> None:
+        """Makes each BatchNorm, as evaluation applies it, a part of the convolution before it."""
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
+            if not isinstance(getattr(self, bn), nn.Identity):
+                setattr(self, conv, fuse_conv_bn_eval(getattr(self, conv), getattr(self, bn)))
+                setattr(self, bn, nn.Identity())
 
 
 class ConvPool(nn.Module):

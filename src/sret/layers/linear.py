@@ -1,0 +1,153 @@
+"""Linear layers joined with their neighbours: a norm before, a GELU before or after.
+
+    norm_linear(x) = W LN(x) + b        gelu_linear(h) = W GELU(h) + b        linear_gelu(x) = GELU(W x + b)
+
+Each is the formula of one line that stands in it, computed otherwise where that was measured faster
+(docs/performance.md):
+
+- Where gradients flow, what a norm or a GELU answered is computed again in backward instead of stored. Both are cheap,
+  and without them a block keeps about half of the memory.
+- Without gradients on x86 CPUs, oneDNN adds the bias and applies the GELU while the product is still in cache.
+- Compiled code takes the formula: a compiler fuses and recomputes by itself, and exporters know it.
+"""
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from torch.nn.functional import linear as plain_linear
+
+LAYER_NORM_EPS = 1e-6
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., C) -> (..., C'): W x + b."""
+    if _has_fused_kernel(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return plain_linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., C) -> (..., C'): GELU(W x + b), exact."""
+    if _has_fused_kernel(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return gelu(plain_linear(x, weight, bias))
+
+
+def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., C) -> (..., C'): W GELU(h) + b; the GELU is recomputed in backward."""
+    if _is_recomputed():
+        return _GeluLinear.apply(h, weight, bias)
+    return linear(gelu(h), weight, bias)
+
+
+def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> Tensor:
+    """(..., C) -> (..., C'): W norm(x) + b; a `LayerNorm` is recomputed in backward."""
+    if _is_recomputed() and type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None:
+        return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
+    return linear(norm(x), weight, bias)
+
+
+def scaled(layer: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of scale (W x + b): weights are fewer numbers than activations."""
+    if scale is None:
+        return layer.weight, layer.bias
+    return scale * layer.weight, scale * layer.bias
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether these are torch's own linear layers, whose weights say everything; an adapter (LoRA) must be called."""
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody waits for one of these modules to be called."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in modules for kind in kinds)
+
+
+def _is_recomputed() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")  # where it was measured
+
+
+def _has_fused_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's linear with a fused bias and GELU, which has no backward, may serve this product."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    is_supported = _IS_X86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return (
+        is_supported
+        and type(x) is Tensor  # neither fake nor distributed
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What autocast would compute a product in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = _compute_dtype(h, weight)
+        ctx.save_for_backward(h, weight)
+        ctx.dtype, ctx.bias_dtype = dtype, bias.dtype
+        return linear(gelu(h).to(dtype), weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight = ctx.saved_tensors
+        for_h, for_weight, for_bias = ctx.needs_input_grad
+        grad_h = grad_weight = None
+        if for_h:
+            grad_h = torch.ops.aten.gelu_backward((grad @ weight.to(ctx.dtype)).to(h.dtype), h)
+        if for_weight:
+            grad_weight = _weight_grad(grad, gelu(h), weight.dtype)
+        return grad_h, grad_weight, _bias_grad(grad, ctx.bias_dtype) if for_bias else None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        dtype = _compute_dtype(x, weight)
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.eps, ctx.dtype, ctx.bias_dtype = eps, dtype, bias.dtype
+        return linear(y.to(dtype), weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        for_x, for_norm_weight, for_norm_bias, _, for_weight, for_bias = ctx.needs_input_grad
+        C, mask = x.shape[-1:], [for_x, for_norm_weight, for_norm_bias]
+        grad_norm, grad_weight = (None, None, None), None
+        if any(mask):
+            grad_y = (grad @ weight.to(ctx.dtype)).to(x.dtype)
+            grad_norm = torch.ops.aten.native_layer_norm_backward(
+                grad_y, x, C, mean, rstd, norm_weight, norm_bias, mask
+            )
+        if for_weight:
+            y = torch.native_layer_norm(x, C, norm_weight, norm_bias, ctx.eps)[0]
+            grad_weight = _weight_grad(grad, y, weight.dtype)
+        return *grad_norm, None, grad_weight, _bias_grad(grad, ctx.bias_dtype) if for_bias else None
+
+
+def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad.flatten(0, -2).T @ x.to(grad.dtype).flatten(0, -2)).to(dtype)
+
+
+def _bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.flatten(0, -2).sum(0).to(dtype)

@@ -1,0 +1,55 @@
+"""The MLP on a learnable residual: the second half of a block, and all of a projection.
+
+y = alpha x + beta MLP(LN(x)),   MLP(x) = W2 GELU(W1 x + b1) + b2
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from sret.layers.linear import (
+    LAYER_NORM_EPS,
+    gelu_linear,
+    has_hooks,
+    is_plain,
+    linear,
+    linear_gelu,
+    norm_linear,
+    scaled,
+)
+from sret.layers.residual import LearnableResidual
+
+
+class Mlp(nn.Module):
+    """(..., C) -> (..., C): two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class MlpResidual(LearnableResidual):
+    """(B, N, C) -> (B, N, C), with int(C x ratio) hidden channels."""
+
+    branch: Mlp
+
+    def __init__(self, dim: int, ratio: float, drop_prob: float = 0.0, is_learnable: bool = True) -> None:
+        norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
+        super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, is_learnable)
+
+    def scaled_branch(self, x: Tensor) -> Tensor:
+        """beta MLP(LN(x)), by scaling the second layer's weights."""
+        mlp = self.branch
+        if not is_plain(mlp.fc1, mlp.fc2) or has_hooks(self.norm, mlp, mlp.fc1, mlp.fc2):
+            return super().scaled_branch(x)
+        weight, bias = scaled(mlp.fc2, self.beta)
+        if torch.is_grad_enabled():
+            return gelu_linear(norm_linear(x, self.norm, mlp.fc1.weight, mlp.fc1.bias), weight, bias)
+        return linear(linear_gelu(self.norm(x), mlp.fc1.weight, mlp.fc1.bias), weight, bias)
+
+    def last_layer(self) -> nn.Module:
+        return self.branch.fc2
