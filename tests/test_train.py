@@ -506,9 +506,30 @@ def test_trackers_receive_the_metrics(tmp_path):
         train(RECIPE, tmp_path / "no", launch=Launch(trackers=("tensorboard", "wandb")))
 
 
+@pytest.mark.parametrize("launch", [Launch(compile=True), Launch(compile=True, grad_checkpointing=True)])
+def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch, launch):
+    compiled, compiler = [], torch.compile
+
+    def trace(function, **options):  # and run the graphs as they are: generating code takes a minute
+        compiled.append(function.__name__)
+        return compiler(function, **options, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    recipe = replace(RECIPE, optimizer="sgd", learning_rate=1e-2)
+    train(recipe, tmp_path / "plain", max_steps=3)
+    assert not compiled
+    train(recipe, tmp_path / "compiled", max_steps=3, launch=launch)
+    assert compiled == ["one_pass"] * 2  # a recursion each
+    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="shard divides the model among processes, and there is one"):
         train(RECIPE, tmp_path / "run", launch=Launch(shard=True))
+    with pytest.raises(InputError, match="compile and shard exclude each other"):
+        Launch(compile=True, shard=True)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 processes were launched, and accelerate sees 1"):
         train(RECIPE, tmp_path / "run")
