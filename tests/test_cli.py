@@ -123,7 +123,7 @@ def one_line(err: str) -> str:
     ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        ([], "name a command: train, soft-labels, eval, predict, info, convert"),
+        ([], "name a command: train, soft-labels, eval, predict, bench, info, convert"),
         (["info", "sret_tt"], "unknown model 'sret_tt'"),
         (["info", "sret_t", "--img_size", "8"], "stage 1 at 8x8 pixels"),
         (["info", "--img-sise", "8"], "unknown option 'img_sise'; did you mean 'img_size'?"),

@@ -1,4 +1,4 @@
-"""The command line: sret train | soft-labels | eval | predict | info | convert.
+"""The command line: sret train | soft-labels | eval | predict | bench | info | convert | export.
 
 Whatever a user can cause ends in one line on standard error and exit code 2; `predict` answers for the pictures it can
 read and exits with 1 if there were others.
@@ -25,6 +25,12 @@ from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError, InputWarning
 from sret.parsing import brief, spelt_out
 from sret.recipe import Distillation, Launch, TrainConfig
+
+# Where a missing package is brought along, if not by `train`.
+EXTRAS = {
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino"), "export"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +64,7 @@ def _main(argv: Sequence[str]) -> int:
         print(f"sret: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = "data" if error.name in ("datasets", "pyarrow") else "train"
+        extra = EXTRAS.get(error.name or "", "train")
         print(f"sret: error: this needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -152,7 +158,9 @@ def _soft_labels(arguments: Namespace) -> int:
 
 
 def _add_eval(parser: ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="weights of sret train or convert, or a file of sret export"
+    )
     parser.add_argument("--data", type=str | None, help="as in sret train; by default what it was trained on")
     parser.add_argument(
         "--split",
@@ -170,10 +178,10 @@ def _add_eval(parser: ArgumentParser) -> None:
 
 
 def _eval(arguments: Namespace) -> int:
-    from sret.checkpoint import load_weights
     from sret.evaluate import evaluate_on
+    from sret.exported import load_model
 
-    model, card = load_weights(arguments.checkpoint)
+    model, card = load_model(arguments.checkpoint)
     from accelerate import PartialState
 
     metrics, data, split = evaluate_on(
@@ -202,16 +210,18 @@ def _eval(arguments: Namespace) -> int:
 
 def _add_predict(parser: ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of sret train or sret convert")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="weights of sret train or convert, or a file of sret export"
+    )
     parser.add_argument("--top_k", type=PositiveInt, default=3, help="classes per picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture instead")
 
 
 def _predict(arguments: Namespace) -> int:
-    from sret.checkpoint import load_weights
+    from sret.exported import load_model
     from sret.predict import predict
 
-    model, card = load_weights(arguments.checkpoint)
+    model, card = load_model(arguments.checkpoint)
     exit_code = 0
     for prediction in predict(model, card, arguments.images, arguments.top_k):
         if prediction.error:
@@ -245,6 +255,63 @@ def _info(arguments: Namespace) -> int:
     return 0
 
 
+# bench ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        type=str,
+        nargs="+",
+        metavar="MODEL",
+        help="a model of timm or ours, options as in sret_t:permutation=strided; a file of weights, or exported",
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=8, help="pictures at a time")
+    parser.add_argument("--image_size", type=int | tuple[int, int] | None, help="pixels, or [height,width]")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32, bfloat16, float16, or several: a,b")
+    parser.add_argument(
+        "--engines",
+        type=str,
+        default="eager",
+        help="eager, fused (ours), compile, cudagraphs, onnxruntime, openvino, or several: a,b",
+    )
+    parser.add_argument("--train", action="store_true", help="time steps of training instead of answers")
+    parser.add_argument("--threads", type=PositiveInt | None, help="of every engine; by default PyTorch's choice")
+    parser.add_argument("--device", type=str | None, help="cpu or cuda; by default a GPU if there is one")
+    parser.add_argument("--rounds", type=PositiveInt, default=20, help="turns of each contender")
+    parser.add_argument("--memory", action="store_true", help="on a CPU: peak memory too, each in a process of its own")
+    parser.add_argument("--figure", type=Path | None, help="draw it as a .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
+
+
+def _bench(arguments: Namespace) -> int:
+    from sret import bench_report
+    from sret.bench import Settings, bench
+
+    size = (arguments.image_size,) * 2 if isinstance(arguments.image_size, int) else arguments.image_size
+    settings = Settings(
+        batch_size=arguments.batch_size,
+        image_size=size,
+        dtypes=tuple(arguments.dtype.split(",")),
+        engines=tuple(arguments.engines.split(",")),
+        is_training=arguments.train,
+        threads=arguments.threads,
+        device=arguments.device,
+        rounds=arguments.rounds,
+        memory=arguments.memory,
+    )
+    if arguments.figure is not None:
+        bench_report.check_figure(arguments.figure)
+    with Console(stderr=True).status("starting") as status:
+        report = bench(arguments.models, settings, lambda text: status.update(f"{text} ..."))
+    if not arguments.json:
+        print(bench_report.as_text(report) + "\n")
+    print(report.to_json())
+    if arguments.figure is not None:
+        bench_report.draw(report, arguments.figure)
+    return 0
+
+
 # convert -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +327,31 @@ def _convert(arguments: Namespace) -> int:
     from sret.convert import convert
 
     print(convert(arguments.source, arguments.target, arguments.variant))
+    return 0
+
+
+# export --------------------------------------------------------------------------------------------------------------
+
+
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, metavar="MODEL", help="a weights file, or a name such as sret_t.dist_in1k")
+    parser.add_argument("out", type=Path, metavar="OUT", help="FILE.onnx for ONNX Runtime, FILE.xml for OpenVINO")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "int8"], default="float32", help="bfloat16: only OpenVINO"
+    )
+    parser.add_argument(
+        "--image_size", type=int | tuple[int, int] | None, help="pixels, or [height,width]; by default the model's"
+    )
+    parser.add_argument("--data", type=str | None, help="pictures to compare on, as in sret train")
+    parser.add_argument("--samples", type=PositiveInt, default=300, help="to compare on, and to calibrate int8 on")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="pictures at a time meanwhile")
+
+
+def _export(arguments: Namespace) -> int:
+    from sret.export import export
+
+    options = arguments.as_dict()
+    print(export(options.pop("model"), options.pop("out"), **options))
     return 0
 
 
@@ -283,8 +375,10 @@ COMMANDS = {
     "soft-labels": _Command("let a teacher answer once for many crops", _add_soft_labels, _soft_labels),
     "eval": _Command("accuracy of a checkpoint on labelled pictures", _add_eval, _eval),
     "predict": _Command("say what pictures show", _add_predict, _predict),
+    "bench": _Command("models side by side: time, memory, multiply-adds", _add_bench, _bench),
     "info": _Command("the published models, or one model in detail", _add_info, _info),
     "convert": _Command("the authors' checkpoints into safetensors, and back", _add_convert, _convert),
+    "export": _Command("a model for ONNX Runtime or OpenVINO", _add_export, _export),
 }
 
 

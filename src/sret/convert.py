@@ -37,20 +37,27 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
         torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
         write_atomically(target, buffer.getvalue())
     else:
-        path = Path(source)
-        if not path.exists() and not path.suffix.startswith(
-            ".p"
-        ):  # a name, then, and not a .pth or .pt that is missing
-            config_of(source)
-            name = source if source in RELEASES else next(name for name in RELEASES if name.startswith(f"{source}."))
-            if variant is not None:
-                raise InputError(f"{source} is a published name and says which model it is; leave --variant out")
-            path, variant = fetch(drive_url(RELEASES[name].drive_id)), name.partition(".")[0]
-        model = load_official(path, variant)
-        save_weights(target, model.state_dict(), imagenet_card(model, source))
+        model, card = load_published(source, variant)
+        save_weights(target, model.state_dict(), card)
     size = target.stat().st_size / 2**20
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {parameters:,} parameters, {model.num_classes} classes, {size:.1f} MiB"
+
+
+def load_published(source: str, variant: str | None = None) -> tuple[SReT, Card]:
+    """The model of one of the authors' files, or of a published name (then fetched), and a card for it.
+
+    Raises `InputError` for a file that cannot be read and for a name that was not published.
+    """
+    path = Path(source)
+    if not path.exists() and not path.suffix.startswith(".p"):  # a name, then, and not a .pth or .pt that is missing
+        config_of(source)
+        name = source if source in RELEASES else next(name for name in RELEASES if name.startswith(f"{source}."))
+        if variant is not None:
+            raise InputError(f"{source} is a published name and says which model it is; leave --variant out")
+        path, variant = fetch(drive_url(RELEASES[name].drive_id)), name.partition(".")[0]
+    model = load_official(path, variant)
+    return model, imagenet_card(model, source)
 
 
 def imagenet_card(model: SReT, source: str) -> Card:

@@ -12,9 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from sret.checkpoint import Card
-from sret.data import UNREADABLE, ImageData, ImageDataset, Unreadable
+from sret.data import UNREADABLE, ImageDataset, Unreadable
 from sret.errors import InputError, some
-from sret.model import SReT
 from sret.recipe import changes
 from sret.sources import load_data
 from sret.stopping import StopRequest
@@ -73,7 +72,7 @@ def evaluate(
 
 
 def evaluate_on(
-    model: SReT,
+    model: nn.Module,
     card: Card,
     data_name: str | None = None,
     split: str | None = None,
@@ -105,7 +104,7 @@ def evaluate_on(
         raise InputError(
             f"this checkpoint was trained on {trained_on!r}, which is not here; name pictures with --data ({error})"
         ) from error
-    _check_classes(card, data)
+    card.check_classes(data.name, data.class_names)
     changed = changes(known, data.fingerprint())
     is_own = not changed or _is_same(data.name, trained_on)
     if is_own and changed and not data.is_divided and split != "all":
@@ -125,14 +124,3 @@ def evaluate_on(
 
 def _is_same(name: str, trained_on: str | None) -> bool:
     return trained_on is not None and (name == trained_on or Path(name).resolve() == Path(trained_on).resolve())
-
-
-def _check_classes(card: Card, data: ImageData) -> None:
-    if card.config.num_classes != len(data.class_names):
-        raise InputError(
-            f"the checkpoint knows {card.config.num_classes} classes, {data.name} has {len(data.class_names)}; "
-            "give data with the same classes"
-        )
-    if card.class_names and card.class_names != data.class_names:
-        pairs = [f"{a!r}, not {b!r}" for a, b in zip(data.class_names, card.class_names, strict=True) if a != b]
-        raise InputError(f"{data.name} has other classes than the checkpoint: {some(pairs)}")

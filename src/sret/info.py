@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sret.checkpoint import load_weights
 from sret.cost import model_cost
+from sret.exported import ENGINES, load_model
 from sret.variants import CONFIGS, RELEASES, config_of
 
 
@@ -58,9 +58,9 @@ def _published(variant: str) -> str:
 
 
 def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
-    """Parameters, multiply-adds, tokens and slices of one model by stage and pass; `name` may be a weights file."""
-    if Path(name).suffix == ".safetensors" or Path(name).is_file():
-        config = load_weights(name)[1].config
+    """Parameters, multiply-adds, tokens and slices of one model by stage and pass; `name` may be a file."""
+    if Path(name).suffix in (".safetensors", *ENGINES) or Path(name).is_file():
+        config = load_model(name)[1].config
     else:
         config = config_of(name)
     cost = model_cost(config, size)

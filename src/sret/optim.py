@@ -1,6 +1,7 @@
 """What changes the weights: which are trained, the optimizer, the learning rate, the moving average. All timm's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -40,7 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     the rate of a layer is that share of the next one's; a recursion is one layer.
     """
     # One kernel for all weights: three times as fast as many small ones on a CPU.
-    fused = {"fused": True} if config.optimizer == "adamw" else {}
+    fused: dict[str, Any] = {"fused": True} if config.optimizer == "adamw" else {}
     return create_optimizer_v2(
         model,
         opt=config.optimizer,

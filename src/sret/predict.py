@@ -8,6 +8,7 @@ import torch
 
 from sret.checkpoint import Card
 from sret.errors import InputError
+from sret.exported import Exported
 from sret.model import SReT
 
 
@@ -21,12 +22,12 @@ class Prediction:
 
 
 @torch.inference_mode()
-def predict(model: SReT, card: Card, paths: Sequence[Path], top_k: int = 5) -> Iterator[Prediction]:
+def predict(model: SReT | Exported, card: Card, paths: Sequence[Path], top_k: int = 5) -> Iterator[Prediction]:
     """One prediction per path, in order, one picture at a time; a file that is no picture does not stop the rest."""
     if not model.num_classes:
         raise InputError("this model has no classifier, so that it cannot name what it sees")
     transform = card.preprocessing.transform()
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device  # an exported model has no parameters
     for path in paths:
         try:
             x = transform(card.preprocessing.load(path)).unsqueeze(0)

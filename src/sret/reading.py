@@ -59,4 +59,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str,
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError, ValueError) as error:
         hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
+        if path.suffix in (".onnx", ".xml"):
+            hint = " (an exported model answers, but its weights cannot be taken out again)"
         raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error

@@ -1,6 +1,5 @@
 """A training run's folder: claimed before the first step, resumed only by what began it, never overwritten."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sret
-from sret.checkpoint import Card, load_state, save_state, save_weights, write_atomically
+from sret.checkpoint import Card, digest, load_state, save_state, save_weights, write_atomically
 from sret.data import ImageData
 from sret.errors import InputError, some
 from sret.recipe import TrainConfig, changes
@@ -35,14 +34,6 @@ def sources_of(config: TrainConfig, data: ImageData) -> dict[str, Any]:
             if name is not None and Path(name).is_file():
                 prints[str(name)] = digest(Path(name))
     return prints
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file; empty if there is none."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(

@@ -71,8 +71,9 @@ class SlicedAttention(nn.Module):
     def _equal_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
         """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so that one fused kernel serves all."""
         B, N, C, H, G = *qkv.shape[:2], qkv.shape[2] // 3, self.num_heads, num_groups
-        qkv = qkv.reshape(B * G, N // G, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (3, B*G, H, M, D)
-        return attend(qkv).transpose(1, 2).reshape(B, N, C)
+        # q, k and v apart first, heads after: OpenVINO 2026.4 answers wrongly where one view does both.
+        q, k, v = (t.reshape(B * G, N // G, H, C // H).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (B*G, H, M, D)
+        return attend(q, k, v).transpose(1, 2).reshape(B, N, C)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
@@ -92,7 +93,8 @@ class AttentionResidual(LearnableResidual):
         attn = self.branch
         if not is_plain(attn.qkv, attn.proj) or has_hooks(self.norm, attn, attn.qkv, attn.proj):
             return super().scaled_branch(x, num_groups, permutation)
-        if isinstance(permutation, StridedPermutation) and x.shape[1] % num_groups == 0:
+        is_even = x.shape[1] % num_groups == 0
+        if isinstance(permutation, StridedPermutation) and is_even and not torch.compiler.is_exporting():
             y = self._strided(x, num_groups)
         else:
             if permutation is not None:
@@ -115,7 +117,8 @@ class AttentionResidual(LearnableResidual):
             for t in (self.branch.qkv.weight, self.branch.qkv.bias)
         )
         qkv = norm_linear(x, self.norm, weight, bias).view(B, N // G, G * H, 3, C // H)  # (B, M, G*H, 3, D)
-        return attend(qkv.permute(3, 0, 2, 1, 4)).transpose(1, 2).reshape(B, N, C)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))  # each (B, G*H, M, D)
+        return attend(q, k, v).transpose(1, 2).reshape(B, N, C)
 
     def last_layer(self) -> nn.Module:
         return self.branch.proj

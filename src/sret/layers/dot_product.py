@@ -15,22 +15,20 @@ from torch.nn.functional import scaled_dot_product_attention
 SCORES_AT_A_TIME = 2**20  # 2 MiB in bfloat16: they stay in cache
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """(3, S, H, M, D), any view -> (S, H, M, D), by PyTorch's fused kernel.
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(S, H, M, D) each, any views -> (S, H, M, D), by PyTorch's fused kernel.
 
     But for training in half precision on CPUs, where that kernel's backward was measured up to five times slower than
     the formula in matrix products (docs/performance.md).
     """
-    is_slow = qkv.device.type == "cpu" and qkv.dtype in (torch.bfloat16, torch.float16)
-    if is_slow and torch.is_grad_enabled() and qkv.requires_grad:
-        return formula(qkv) if torch.compiler.is_compiling() else _MatrixProductBackward.apply(qkv)
-    q, k, v = qkv.unbind(0)
+    is_slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    if is_slow and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return formula(q, k, v) if torch.compiler.is_compiling() else _MatrixProductBackward.apply(q, k, v)
     return scaled_dot_product_attention(q, k, v)
 
 
-def formula(qkv: Tensor) -> Tensor:
-    """(3, S, H, M, D) -> (S, H, M, D), written out."""
-    q, k, v = qkv.unbind(0)
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(S, H, M, D) each -> (S, H, M, D), written out."""
     return _weights(q, k) @ v
 
 
@@ -42,26 +40,23 @@ class _MatrixProductBackward(torch.autograd.Function):
     """The fused kernel forward; backward by the formula, a few sequences at a time. Stores no scores."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor) -> Tensor:
-        ctx.save_for_backward(qkv)
-        q, k, v = qkv.unbind(0)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
         return scaled_dot_product_attention(q, k, v)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (qkv,) = ctx.saved_tensors
-        _, _, H, M, D = qkv.shape
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        S, H, M, D = grad.shape
+        # Tokens before heads, as what they are gradients of: to be seen as (S, M, C) they need no copy.
+        grads = tuple(grad.new_empty(S, M, H, D).transpose(1, 2) for _ in range(3))
         at_a_time = max(1, SCORES_AT_A_TIME // (H * M * M))
-        # In the memory layout of qkv, so that the product before it can use it as it is.
-        grad_qkv = torch.empty_like(qkv)
-        for (q, k, v), g, (dq, dk, dv) in zip(
-            qkv.split(at_a_time, dim=1), grad.split(at_a_time), grad_qkv.split(at_a_time, dim=1), strict=True
-        ):
+        parts = zip(*(t.split(at_a_time) for t in (*ctx.saved_tensors, grad, *grads)), strict=True)
+        for q, k, v, g, dq, dk, dv in parts:
             weights = _weights(q, k)
             dv.copy_(weights.transpose(-2, -1) @ g)
             scores = torch.ops.aten._softmax_backward_data(g @ v.transpose(-2, -1), weights, -1, weights.dtype)
             scores *= D**-0.5
             dq.copy_(scores @ k)
             dk.copy_(scores.transpose(-2, -1) @ q)
-        return grad_qkv
+        return grads[0], grads[1], grads[2]
