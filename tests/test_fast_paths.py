@@ -1,6 +1,7 @@
 """Every fast path gives the answers and gradients of the authors' arithmetic, and does no more work than it says."""
 
 import copy
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -15,7 +16,7 @@ from sret import ModelConfig, SReT, StageConfig, fuse
 from sret.checkpoint import Card, load_weights, save_weights
 from sret.layers import AttentionResidual, Block, NonLinearProjection, Permuter, StridedPermutation
 from sret.layers.dot_product import attend, formula
-from sret.layers.recursion import one_pass
+from sret.layers.straight import StraightPasses
 from sret.preprocess import Preprocessing
 from sret.variants import CONFIGS
 
@@ -88,6 +89,14 @@ def test_a_training_step_is_the_oracles(permutation):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-8)
 
 
+@pytest.fixture(params=["small products as measured", "all products fused"])
+def _kernels(request, monkeypatch):
+    if request.param == "all products fused":
+        monkeypatch.setattr("sret.layers.linear.FUSED_MACS", 0)
+        monkeypatch.setattr("sret.layers.linear.FUSED_ROWS", 0)
+
+
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("size", [(64, 64), (104, 88)])
 @pytest.mark.parametrize("permutation", ["random", "strided"])
 @pytest.mark.parametrize("variant", [name for name in CONFIGS if not name.endswith(("384", "512"))])
@@ -167,6 +176,50 @@ def test_a_fused_model_is_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(x), fused(x))
 
 
+def test_what_is_changed_in_a_fused_model_counts():
+    """A pass is looked up once; a new weight, a new layer, a hook and the end of a hook are seen all the same."""
+    fused, x = fuse(lively(SReT(small_config()))), torch.randn(2, 3, 64, 64)
+    mlp = fused.stages[1].recursions[0].block.mlp
+    with torch.no_grad():
+        before = fused(x)
+        calls = []
+        handle = mlp.branch.fc1.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(fused(x), before, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 2  # passes
+        handle.remove()
+        assert torch.equal(fused(x), before)
+        assert len(calls) == 2
+        weight = mlp.branch.fc1.weight
+        mlp.branch.fc1.weight = torch.nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+        changed = fused(x)
+        assert not torch.allclose(changed, before, atol=1e-3)
+        mlp.branch.fc1 = torch.nn.Linear(*reversed(weight.shape))
+        assert not torch.allclose(fused(x), changed, atol=1e-4)
+        mlp.alpha.fill_(0.0)
+        assert not torch.allclose(fused(x), changed, atol=1e-4)
+
+
+def test_a_fused_model_gives_gradients_of_its_input_after_it_answered_without():
+    model = lively(SReT(small_config()))
+    fused, x = fuse(model), torch.randn(2, 3, 64, 64, requires_grad=True)
+    with torch.inference_mode():
+        fused(x)
+    grads = []
+    for net in (fused, model):
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x)
+        grads.append(grad)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3)
+
+
+def test_fused_models_are_copied_pickled_and_cast():
+    fused, x = fuse(lively(SReT(small_config()))), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = fused(x)
+        for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert torch.equal(copied(x), expected)
+        torch.testing.assert_close(fused.double()(x.double()).float(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_of_another_kind_keeps_its_coefficient():
     model, x = lively(SReT(small_config())), torch.randn(2, 3, 64, 64)
     mlp = model.stages[0].recursions[0].block.mlp
@@ -220,7 +273,8 @@ def calls_of(
     for module in (block.attn, block.mlp, projection):
         module.fold()
     with Calls() as calls:
-        one_pass(block, projection, torch.randn(2, num_tokens, 16, dtype=dtype), num_groups, permutation)
+        x = torch.randn(2, num_tokens, 16, dtype=dtype)
+        StraightPasses()(block.eval(), projection.eval(), x, num_groups, permutation)
     return calls.names - Counter({"randn": 1})
 
 

@@ -32,6 +32,15 @@ def call(function, x, norm, layer):
     return function(x, *([norm] if function is norm_linear else []), layer.weight, layer.bias)
 
 
+@pytest.fixture(params=[True, False])
+def _any_kernel(request, monkeypatch):
+    """Whether what is small is large enough for the fused kernel."""
+    if request.param:
+        monkeypatch.setattr("sret.layers.linear.FUSED_MACS", 0)
+        monkeypatch.setattr("sret.layers.linear.FUSED_ROWS", 0)
+
+
+@pytest.mark.usefixtures("_any_kernel")
 @pytest.mark.parametrize("function", FORMULAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_gradient", [True, False])

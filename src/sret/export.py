@@ -32,7 +32,6 @@ from sret.data import ImageDataset, Samples, Unreadable
 from sret.errors import InputError
 from sret.exported import DTYPES, ENGINES, NAMESPACE, Exported, Stamp, import_openvino, last_line, load_exported
 from sret.fuse import fuse
-from sret.layers import Permutation, Permuter
 from sret.model import SReT
 from sret.sources import load_data
 
@@ -205,7 +204,6 @@ def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
     from onnx_ir.passes import common
 
     fused = fuse(model)
-    fused.permuter = _RememberingPermuter(fused.permuter.kind)
     images = torch.zeros(2, fused.in_chans, *img_size)
     with torch.no_grad():
         fused(images)  # the permutations are known now, and become constants
@@ -225,20 +223,6 @@ def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
     onnxscript.optimizer.optimize(graph, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     common.ClearMetadataAndDocStringPass()(graph)
     return onnx_ir.to_proto(graph)
-
-
-class _RememberingPermuter(Permuter):
-    """What evaluation answers, computed once for each number of tokens and slices."""
-
-    def __init__(self, kind: Any) -> None:
-        super().__init__(kind)
-        self._known: dict[tuple[int, int], Permutation] = {}
-
-    def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
-        key = num_tokens, num_groups
-        if key not in self._known:
-            self._known[key] = super().__call__(num_tokens, num_groups, device, is_training=False)
-        return self._known[key]
 
 
 # writing -------------------------------------------------------------------------------------------------------------

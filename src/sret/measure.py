@@ -4,6 +4,7 @@ Contenders take turns in one process, so that what slows the machine for a while
 anew for every second round, and reversed in the next: none is favoured by its place. Ratios are taken within rounds.
 """
 
+import copy
 import ctypes
 import gc
 import math
@@ -84,7 +85,9 @@ def spread(times: Sequence[float]) -> float:
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-adds for one image (1, C, H, W): convolutions, linear layers, attention products."""
-    # PyTorch's counter knows attention only in its plain form, and oneDNN's fused products not at all.
+    # PyTorch's counter knows attention only in its plain form, and oneDNN's fused products not at all; where parameters
+    # have gradients, it stumbles over modules that hand on tuples.
+    model = copy.deepcopy(model).requires_grad_(False)
     with (
         torch.no_grad(),
         torch.backends.mkldnn.flags(enabled=False),

@@ -9,6 +9,8 @@ padded or masked.
 Letters: B batch, N tokens, C channels, G slices, M tokens in a slice, H heads, D = C / H.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -95,30 +97,41 @@ class AttentionResidual(LearnableResidual):
             return super().scaled_branch(x, num_groups, permutation)
         is_even = x.shape[1] % num_groups == 0
         if isinstance(permutation, StridedPermutation) and is_even and not torch.compiler.is_exporting():
-            y = self._strided(x, num_groups)
+            y = strided_attention(
+                lambda *parameters: norm_linear(x, self.norm, *parameters),
+                attn.qkv.weight,
+                attn.qkv.bias,
+                attn.num_heads,
+                num_groups,
+            )
         else:
-            if permutation is not None:
-                x = permutation.apply(x)
-            y = attn.within_slices(norm_linear(x, self.norm, attn.qkv.weight, attn.qkv.bias), num_groups)
+            y = x if permutation is None else permutation.apply(x)
+            y = attn.within_slices(norm_linear(y, self.norm, attn.qkv.weight, attn.qkv.bias), num_groups)
             if permutation is not None:
                 y = permutation.undo(y)
         return linear(y, *scaled(attn.proj, self.beta))
 
-    def _strided(self, x: Tensor, num_groups: int) -> Tensor:
-        """(B, N, C) -> (B, N, C): slice g holds tokens g, g + G, ...; slices ride beside heads in one axis of a view.
-
-        That takes q, k and v of a head next to each other. The layer has all of q first, then k, then v; its rows are
-        reordered here, which costs what B N times fewer numbers cost.
-        """
-        B, N, C = x.shape
-        H, G = self.branch.num_heads, num_groups
-        weight, bias = (
-            t.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
-            for t in (self.branch.qkv.weight, self.branch.qkv.bias)
-        )
-        qkv = norm_linear(x, self.norm, weight, bias).view(B, N // G, G * H, 3, C // H)  # (B, M, G*H, 3, D)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))  # each (B, G*H, M, D)
-        return attend(q, k, v).transpose(1, 2).reshape(B, N, C)
+    def first_layer(self) -> nn.Module:
+        return self.branch.qkv
 
     def last_layer(self) -> nn.Module:
         return self.branch.proj
+
+
+def strided_attention(
+    product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, bias: Tensor, num_heads: int, num_groups: int
+) -> Tensor:
+    """(B, N, C): slice g holds tokens g, g + G, ...; slices ride beside heads in one axis of a view, without a copy.
+
+    That takes q, k and v of a head next to each other. The qkv layer has all of q first, then k, then v; its rows are
+    reordered here, which costs what B N times fewer numbers cost.
+
+    Args:
+        product: gives the (B, N, 3C) output of a layer with the weight (3C, C) and bias (3C,) that it is called with.
+    """
+    H, G = num_heads, num_groups
+    weight, bias = (t.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2) for t in (weight, bias))
+    qkv = product(weight, bias)
+    B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = (t.transpose(1, 2) for t in qkv.view(B, N // G, G * H, 3, C // H).unbind(3))  # each (B, G*H, M, D)
+    return attend(q, k, v).transpose(1, 2).reshape(B, N, C)

@@ -32,3 +32,10 @@ class Block(nn.Module):
         """(B, N, C) -> (B, N, C): one pass."""
         x = self.attn(x, num_groups, permutation)
         return self.mlp(x)
+
+
+def one_pass(
+    block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
+) -> Tensor:
+    """(B, N, C) -> (B, N, C): the block, then a projection."""
+    return projection(block(x, num_groups, permutation))

@@ -12,6 +12,7 @@ Each is the formula of one line that stands in it, computed otherwise where that
 """
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,19 +22,47 @@ from torch.nn.functional import linear as plain_linear
 
 LAYER_NORM_EPS = 1e-6
 
+# In float32, calls of oneDNN's kernel take longer to begin with: from how many multiply-adds of a product on, and rows
+# of one with a GELU, it is faster (docs/performance.md).
+FUSED_MACS = 20_000_000
+FUSED_ROWS = 150
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an input, a weight and a bias
+
+
+def kernels_for(x: Tensor, weight: Tensor) -> tuple[Product, Product]:
+    """`linear` and `linear_gelu` for such an x and a weight of this size: what was measured to be faster."""
+    if not _has_fused_kernel(x, weight):
+        return plain_linear, _plain_linear_gelu
+    if x.dtype != torch.float32:
+        return _onednn_linear, _onednn_linear_gelu
+    rows = x.numel() // x.shape[-1]
+    return (
+        _onednn_linear if rows * weight.numel() >= FUSED_MACS else plain_linear,
+        _onednn_linear_gelu if rows >= FUSED_ROWS else _plain_linear_gelu,
+    )
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(..., C) -> (..., C'): W x + b."""
-    if _has_fused_kernel(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return plain_linear(x, weight, bias)
+    return kernels_for(x, weight)[0](x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(..., C) -> (..., C'): GELU(W x + b), exact."""
-    if _has_fused_kernel(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return kernels_for(x, weight)[1](x, weight, bias)
+
+
+def _plain_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gelu(plain_linear(x, weight, bias))
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _onednn_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], "none")
 
 
 def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -72,21 +101,23 @@ def _is_recomputed() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")  # where it was measured
+# Where it was measured.
+_IS_SUPPORTED = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
 def _has_fused_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's linear with a fused bias and GELU, which has no backward, may serve this product."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    is_supported = _IS_X86 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return (
-        is_supported
+        _IS_SUPPORTED
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(x) is Tensor  # neither fake nor distributed
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
+        and torch._C._get_mkldnn_enabled()  # the property in torch.backends takes longer
         and not torch.is_autocast_enabled("cpu")
     )
 

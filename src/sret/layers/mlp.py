@@ -51,5 +51,8 @@ class MlpResidual(LearnableResidual):
             return gelu_linear(norm_linear(x, self.norm, mlp.fc1.weight, mlp.fc1.bias), weight, bias)
         return linear(linear_gelu(self.norm(x), mlp.fc1.weight, mlp.fc1.bias), weight, bias)
 
+    def first_layer(self) -> nn.Module:
+        return self.branch.fc1
+
     def last_layer(self) -> nn.Module:
         return self.branch.fc2

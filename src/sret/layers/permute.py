@@ -40,15 +40,19 @@ def invert(index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IndexPermutation:
-    """Any order of the tokens, by gathering: position i receives token `index[i]`; `index` is (N,) int64."""
+    """Any order of the tokens, by gathering: position i receives token `index[i]`; `index` is (N,) int64.
+
+    `inverse`, also (N,) int64, undoes it; it is computed where it is not given.
+    """
 
     index: Tensor
+    inverse: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         return x.index_select(1, self.index)
 
     def undo(self, x: Tensor) -> Tensor:
-        return x.index_select(1, invert(self.index))
+        return x.index_select(1, invert(self.index) if self.inverse is None else self.inverse)
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,31 @@ class Permuter:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.seed, self.count = state["seed"], state["count"]
+
+
+class RememberingPermuter(Permuter):
+    """What evaluation is handed, computed once for each number of tokens and slices; for a model that only answers."""
+
+    REMEMBERED = 64
+
+    def __init__(self, kind: PermutationKind = "random") -> None:
+        super().__init__(kind)
+        self._known: dict[tuple[int, int, torch.device], Permutation] = {}
+
+    def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
+        """As `Permuter` in evaluation, whatever the mode."""
+        if _replayed is not None:
+            return super().__call__(num_tokens, num_groups, device, is_training=False)
+        key = num_tokens, num_groups, device
+        if key not in self._known:
+            if len(self._known) == self.REMEMBERED:
+                del self._known[next(iter(self._known))]
+            with torch.inference_mode(False):  # it may be used where gradients are wanted
+                permutation = super().__call__(num_tokens, num_groups, device, is_training=False)
+                if isinstance(permutation, IndexPermutation):
+                    permutation = IndexPermutation(permutation.index, invert(permutation.index))
+            self._known[key] = permutation
+        return self._known[key]
 
 
 _replayed: list[Tensor] | None = None

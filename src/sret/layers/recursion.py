@@ -6,22 +6,16 @@ Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.0
 for R = 2; here `groups` has one entry per pass, and its length is R.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sret.errors import InputError
-from sret.layers.block import Block
+from sret.layers.block import Block, one_pass
 from sret.layers.permute import Permutation
-
-
-def one_pass(
-    block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
-) -> Tensor:
-    """(B, N, C) -> (B, N, C): the block, then a projection."""
-    return projection(block(x, num_groups, permutation))
+from sret.layers.straight import StraightPasses
 
 
 class Recursion(nn.Module):
@@ -40,7 +34,7 @@ class Recursion(nn.Module):
         self.block = block
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
-        self._pass = one_pass
+        self._pass: Callable[..., Tensor] = one_pass
 
     def is_permuted(self, recursion: int) -> bool:
         """Whether pass number `recursion` (from 0) permutes its tokens: every sliced pass but the first."""
@@ -56,8 +50,14 @@ class Recursion(nn.Module):
         """Compiles one pass, which all recursions of equal shapes then use; options are those of `torch.compile`."""
         self._pass = torch.compile(one_pass, **{"dynamic": False, **options})
 
+    def go_straight(self) -> None:
+        """Answers without gradients call no module from now on (`straight.py`)."""
+        self._pass = StraightPasses()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pass": one_pass}  # compiled code is not copied
+        # Neither compiled code nor what was looked up of these weights is copied.
+        is_straight = isinstance(self._pass, StraightPasses)
+        return {**self.__dict__, "_pass": StraightPasses() if is_straight else one_pass}
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

@@ -45,6 +45,10 @@ class LearnableResidual(nn.Module):
         y = self.branch(self.norm(x), *args)
         return y if self.beta is None else self.beta * y
 
+    def first_layer(self) -> nn.Module | None:
+        """The linear layer that f begins with, if a subclass knows it."""
+        return None
+
     def last_layer(self) -> nn.Module | None:
         """The linear layer that f ends with, if a subclass knows it."""
         return None

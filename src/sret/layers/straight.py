@@ -1,0 +1,110 @@
+"""A pass without gradients as one straight line of kernels, on the way of which no module is called.
+
+    x <- a1 x + W_o Attention(W_qkv LN(x))
+    x <- a3 x + W_2 GELU(W_1 LN(x))             and the same once more for a projection
+
+It computes what `one_pass` computes of folded residuals. For one small picture Python takes as long to call modules and
+to look up their parts as the processor takes for the products (docs/performance.md); here both are done once. What was
+looked up is compared with what is there in every pass, so that a layer, a weight or a hook that came later counts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sret.layers.attention import AttentionResidual, strided_attention
+from sret.layers.block import Block, one_pass
+from sret.layers.linear import is_plain, kernels_for
+from sret.layers.mlp import MlpResidual
+from sret.layers.permute import Permutation, StridedPermutation
+
+Step = Callable[[Tensor, int, Permutation | None], Tensor]
+
+
+class StraightPasses:
+    """Stands in for `one_pass` in a recursion whose residuals are folded."""
+
+    def __init__(self) -> None:
+        self._lines: dict[nn.Module, _Line] = {}
+
+    def __call__(
+        self, block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return one_pass(block, projection, x, num_groups, permutation)
+        line = self._lines.get(projection)
+        if line is None or not line.is_current():
+            line = self._lines[projection] = _Line(block, projection)
+        if line.steps is None:
+            return one_pass(block, projection, x, num_groups, permutation)
+        for step in line.steps:
+            x = step(x, num_groups, permutation)
+        return x
+
+
+class _Line:
+    """The steps of a pass, or None where a layer is not one of ours, and all that they were made of."""
+
+    def __init__(self, block: Block, projection: nn.Module) -> None:
+        residuals = [block.attn, block.mlp, *([] if type(projection) is nn.Identity else [projection])]
+        self._parts: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[dict[int, Any]] = []
+        for top in (block, projection):
+            for module in top.modules():
+                for table in (module._modules, module._parameters):
+                    self._parts += [(table, name, part) for name, part in table.items()]
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._has_hooks = any(self._hooks)
+        steps = [step for residual in residuals if (step := _step(residual)) is not None]
+        self.steps = steps if len(steps) == len(residuals) and not self._has_hooks else None
+
+    def is_current(self) -> bool:
+        """Whether the modules still have the same parts, and hooks as before."""
+        for table, name, part in self._parts:
+            if table.get(name) is not part:
+                return False
+        return any(self._hooks) == self._has_hooks
+
+
+def _step(residual: nn.Module) -> Step | None:
+    """One residual, or None if it has a branch coefficient of its own or layers that must be called."""
+    if not isinstance(residual, AttentionResidual | MlpResidual) or residual.beta is not None or residual.training:
+        return None
+    norm, first, last = residual.norm, residual.first_layer(), residual.last_layer()
+    if type(norm) is not nn.LayerNorm or not is_plain(first, last):
+        return None
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    shape, eps, alpha = norm.normalized_shape, norm.eps, residual.alpha
+    norm_weight, norm_bias = norm.weight, norm.bias
+    w1, b1, w2, b2 = first.weight, first.bias, last.weight, last.bias
+
+    def weighted(x: Tensor, y: Tensor) -> Tensor:
+        return x + y if alpha is None else torch.addcmul(y, x, alpha)
+
+    def mlp(x: Tensor, num_groups: int, permutation: Permutation | None) -> Tensor:
+        linear, linear_gelu = kernels_for(x, w1)
+        y = torch.layer_norm(x, shape, norm_weight, norm_bias, eps)
+        return weighted(x, linear(linear_gelu(y, w1, b1), w2, b2))
+
+    if isinstance(residual, MlpResidual):
+        return mlp
+    attn = residual.branch
+
+    def attention(x: Tensor, num_groups: int, permutation: Permutation | None) -> Tensor:
+        linear, _ = kernels_for(x, w1)
+        y = torch.layer_norm(x, shape, norm_weight, norm_bias, eps)
+        if isinstance(permutation, StridedPermutation) and x.shape[1] % num_groups == 0:
+            y = strided_attention(lambda *w: linear(y, *w), w1, b1, attn.num_heads, num_groups)
+        else:
+            if permutation is not None:
+                y = permutation.apply(y)
+            y = attn.within_slices(linear(y, w1, b1), num_groups)
+            if permutation is not None:
+                y = permutation.undo(y)
+        return weighted(x, linear(y, w2, b2))
+
+    return attention
