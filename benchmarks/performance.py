@@ -20,6 +20,7 @@ import sret
 from sret.bench import Report, bench
 from sret.bench_report import as_text, draw
 from sret.contenders import Key, Settings, Source
+from sret.measure import ratio
 
 
 def naive_t() -> nn.Module:
@@ -36,17 +37,18 @@ def _sret(name: str) -> sret.SReT:
     return model
 
 
+# The first is what times are divided by, engine by engine; then ours.
 MODELS: dict[str, dict[str, Source]] = {
     "t": {
-        "naive": naive_t,
-        "sret_t": "sret_t",
         "deit_tiny": "deit_tiny_patch16_224",
+        "sret_t": "sret_t",
+        "naive": naive_t,
         "pit_ti": "pit_ti_224",
     },
     "s": {
-        "naive": naive_s,
-        "sret_s": "sret_s",
         "deit_small": "deit_small_patch16_224",
+        "sret_s": "sret_s",
+        "naive": naive_s,
         "swin_tiny": "swin_tiny_patch4_window7_224",
     },
 }
@@ -130,6 +132,46 @@ def saved_by_slicing(report: Report) -> list[dict[str, float | str | None]]:
     return shares
 
 
+def against(report: Report) -> list[dict[str, float | str | None]]:
+    """Of each of our rows: how many times as fast as the naive formulation, and time and memory over the peers'.
+
+    A peer cannot be fused, so that our fused model stands against the eager peer.
+    """
+    rows = {(row.model, row.engine, row.dtype): row for row in report.rows}
+    naive = rows["naive", "eager", "float32"]
+    found: list[dict[str, float | str | None]] = []
+    for row in report.rows:
+        if not row.model.startswith("sret"):
+            continue
+        entry: dict[str, float | str | None] = {
+            "row": f"{row.model}, {row.engine} {row.dtype}",
+            "times as fast as naive": 1 / ratio(row.seconds, naive.seconds),
+            "memory over naive": _quotient(row.peak_mib, naive.peak_mib),
+        }
+        for peer in dict.fromkeys(other.model for other in report.rows if other.model not in (row.model, "naive")):
+            other = rows.get((peer, "eager" if row.engine == "fused" else row.engine, row.dtype))
+            entry[f"time over {peer}"] = ratio(row.seconds, other.seconds) if other else None
+            entry[f"memory over {peer}"] = _quotient(row.peak_mib, other.peak_mib) if other else None
+        found.append(entry)
+    return found
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def _print_against(found: list[dict[str, float | str | None]]) -> None:
+    columns = [name for name in found[0] if any(entry[name] is not None for entry in found)]
+    print(" | ".join(f"{name:>28}" if name == "row" else name for name in columns))
+    for entry in found:
+        cells = []
+        for name in columns:
+            value = entry[name]
+            text = value if isinstance(value, str) else "-" if value is None else f"{value:.2f}"
+            cells.append(f"{text:>{28 if name == 'row' else len(name)}}")
+        print(" | ".join(cells))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("answers", "slicing", "training"))
@@ -158,7 +200,9 @@ def main() -> None:
         return
     report = {"answers": answers, "training": training}[options.what](options)
     print(as_text(report) + "\n")
-    print(report.to_json())
+    found = against(report)
+    _print_against(found)
+    print(json.dumps({**json.loads(report.to_json()), "benchmark": options.what, "against": found}))
     if options.figure is not None:
         draw(report, options.figure)
 
