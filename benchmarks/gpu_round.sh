@@ -16,6 +16,16 @@ if [ ! -e "$out/tests.txt" ]; then
   python3 -m pytest -m gpu 2>&1 | tee "$out/tests.txt"
   python3 benchmarks/distillation.py --pictures "$pictures" --batch-size 128 2>&1 | tee "$out/distillation.txt"
 fi
+for models in t s; do
+  for batch in 1 128 512; do
+    file="$out/answers_${models}_$batch"
+    [ -e "$file.txt" ] || python3 benchmarks/performance.py answers --models $models --batch-size $batch \
+      --engines eager,fused,compile,cudagraphs --figure "$file.png" 2>&1 | tee "$file.txt"
+  done
+  file="$out/training_${models}_128"
+  [ -e "$file.txt" ] || python3 benchmarks/performance.py training --models $models --batch-size 128 \
+    --figure "$file.png" 2>&1 | tee "$file.txt"
+done
 timeout --signal TERM "${minutes}m" python3 -m sret.cli train --config recipes/cifar10.yaml --data "$cifar10" \
   --out "$out/cifar10" --num_workers "$(nproc)" --save_every 500 --resume auto 2>&1 | tee -a "$out/cifar10.txt"
 python3 -m sret.cli eval --checkpoint "$out/cifar10/best.safetensors" --data "$cifar10" | tee "$out/accuracy.txt"

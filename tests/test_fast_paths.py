@@ -274,7 +274,7 @@ def calls_of(
         module.fold()
     with Calls() as calls:
         x = torch.randn(2, num_tokens, 16, dtype=dtype)
-        StraightPasses()(block.eval(), projection.eval(), x, num_groups, permutation)
+        StraightPasses(1)(block.eval(), projection.eval(), x, num_groups, permutation)
     return calls.names - Counter({"randn": 1})
 
 

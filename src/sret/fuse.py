@@ -4,7 +4,6 @@
 - The coefficient of a residual's branch becomes part of the branch's last layer, which all passes go on sharing. The
   coefficient of the stream stays: it enters the addition at no cost.
 - Permutations are remembered.
-- The parts of a pass are looked up once, and called without the modules around them.
 """
 
 import copy
@@ -12,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from sret.layers import ConvStem, LearnableResidual, Recursion
+from sret.layers import ConvStem, LearnableResidual
 from sret.layers.permute import RememberingPermuter
 from sret.model import SReT
 
@@ -28,8 +27,6 @@ def fuse(model: SReT) -> SReT:
     for module in fused.modules():
         if isinstance(module, ConvStem | LearnableResidual):
             module.fold()
-        elif isinstance(module, Recursion):
-            module.go_straight()
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # as the feature maps are
     fused.permuter = RememberingPermuter(fused.permuter.kind)

@@ -34,7 +34,7 @@ class Recursion(nn.Module):
         self.block = block
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
-        self._pass: Callable[..., Tensor] = one_pass
+        self._pass: Callable[..., Tensor] = StraightPasses(len(groups))
 
     def is_permuted(self, recursion: int) -> bool:
         """Whether pass number `recursion` (from 0) permutes its tokens: every sliced pass but the first."""
@@ -50,14 +50,9 @@ class Recursion(nn.Module):
         """Compiles one pass, which all recursions of equal shapes then use; options are those of `torch.compile`."""
         self._pass = torch.compile(one_pass, **{"dynamic": False, **options})
 
-    def go_straight(self) -> None:
-        """Answers without gradients call no module from now on (`straight.py`)."""
-        self._pass = StraightPasses()
-
     def __getstate__(self) -> dict[str, Any]:
         # Neither compiled code nor what was looked up of these weights is copied.
-        is_straight = isinstance(self._pass, StraightPasses)
-        return {**self.__dict__, "_pass": StraightPasses() if is_straight else one_pass}
+        return {**self.__dict__, "_pass": StraightPasses(len(self.groups))}
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

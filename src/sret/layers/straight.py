@@ -1,10 +1,10 @@
 """A pass without gradients as one straight line of kernels, on the way of which no module is called.
 
-    x <- a1 x + W_o Attention(W_qkv LN(x))
-    x <- a3 x + W_2 GELU(W_1 LN(x))             and the same once more for a projection
+    x <- a1 x + a2 W_o Attention(W_qkv LN(x))
+    x <- a3 x + a4 W_2 GELU(W_1 LN(x))             and the same once more for a projection
 
-It computes what `one_pass` computes of folded residuals. For one small picture Python takes as long to call modules and
-to look up their parts as the processor takes for the products (docs/performance.md); here both are done once. What was
+It computes what `one_pass` computes in evaluation. For one small picture Python takes as long to call modules and to
+look up their parts as the processor takes for the products (docs/performance.md); here both are done once. What was
 looked up is compared with what is there in every pass, so that a layer, a weight or a hook that came later counts.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sret.layers.attention import AttentionResidual, strided_attention
 from sret.layers.block import Block, one_pass
-from sret.layers.linear import is_plain, kernels_for
+from sret.layers.linear import Product, is_plain, kernels_for
 from sret.layers.mlp import MlpResidual
 from sret.layers.permute import Permutation, StridedPermutation
 
@@ -24,23 +24,36 @@ Step = Callable[[Tensor, int, Permutation | None], Tensor]
 
 
 class StraightPasses:
-    """Stands in for `one_pass` in a recursion whose residuals are folded."""
+    """Stands in for `one_pass` in a recursion; it is `one_pass` in training and where gradients are wanted.
 
-    def __init__(self) -> None:
+    Args:
+        num_passes: how many lines are kept, one for each projection.
+    """
+
+    def __init__(self, num_passes: int) -> None:
+        self.num_passes = num_passes
         self._lines: dict[nn.Module, _Line] = {}
 
     def __call__(
         self, block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
     ) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        steps = None
+        if not (
+            torch.is_grad_enabled()
+            or block.training
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            line = self._lines.get(projection)
+            if line is None or not line.is_current():
+                if len(self._lines) == self.num_passes:
+                    self._lines.clear()
+                line = self._lines[projection] = _Line(block, projection)
+            steps = line.steps
+        if steps is None:
             return one_pass(block, projection, x, num_groups, permutation)
-        line = self._lines.get(projection)
-        if line is None or not line.is_current():
-            line = self._lines[projection] = _Line(block, projection)
-        if line.steps is None:
-            return one_pass(block, projection, x, num_groups, permutation)
-        for step in line.steps:
+        for step in steps:
             x = step(x, num_groups, permutation)
         return x
 
@@ -70,25 +83,32 @@ class _Line:
 
 
 def _step(residual: nn.Module) -> Step | None:
-    """One residual, or None if it has a branch coefficient of its own or layers that must be called."""
-    if not isinstance(residual, AttentionResidual | MlpResidual) or residual.beta is not None or residual.training:
+    """One residual, or None if it has layers that must be called."""
+    if not isinstance(residual, AttentionResidual | MlpResidual) or residual.training:
         return None
     norm, first, last = residual.norm, residual.first_layer(), residual.last_layer()
     if type(norm) is not nn.LayerNorm or not is_plain(first, last):
         return None
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    shape, eps, alpha = norm.normalized_shape, norm.eps, residual.alpha
+    shape, eps, alpha, beta = norm.normalized_shape, norm.eps, residual.alpha, residual.beta
     norm_weight, norm_bias = norm.weight, norm.bias
     w1, b1, w2, b2 = first.weight, first.bias, last.weight, last.bias
 
-    def weighted(x: Tensor, y: Tensor) -> Tensor:
+    def end(x: Tensor, y: Tensor, linear: Product) -> Tensor:
+        """alpha x + beta (W_o y + b_o), multiplying with beta what are fewer numbers."""
+        if beta is None:
+            y = linear(y, w2, b2)
+        elif y.numel() < w2.numel():
+            y = linear(y, w2, b2) * beta
+        else:
+            y = linear(y, beta * w2, beta * b2)
         return x + y if alpha is None else torch.addcmul(y, x, alpha)
 
     def mlp(x: Tensor, num_groups: int, permutation: Permutation | None) -> Tensor:
         linear, linear_gelu = kernels_for(x, w1)
         y = torch.layer_norm(x, shape, norm_weight, norm_bias, eps)
-        return weighted(x, linear(linear_gelu(y, w1, b1), w2, b2))
+        return end(x, linear_gelu(y, w1, b1), linear)
 
     if isinstance(residual, MlpResidual):
         return mlp
@@ -105,6 +125,6 @@ def _step(residual: nn.Module) -> Step | None:
             y = attn.within_slices(linear(y, w1, b1), num_groups)
             if permutation is not None:
                 y = permutation.undo(y)
-        return weighted(x, linear(y, w2, b2))
+        return end(x, y, linear)
 
     return attention
