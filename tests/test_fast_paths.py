@@ -1,7 +1,10 @@
 """Every fast path gives the answers and gradients of the authors' arithmetic, and does no more work than it says."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -194,9 +197,10 @@ def test_what_is_changed_in_a_fused_model_counts():
         changed = fused(x)
         assert not torch.allclose(changed, before, atol=1e-3)
         mlp.branch.fc1 = torch.nn.Linear(*reversed(weight.shape))
-        assert not torch.allclose(fused(x), changed, atol=1e-4)
+        again = fused(x)
+        assert not torch.allclose(again, changed, atol=1e-4)
         mlp.alpha.fill_(0.0)
-        assert not torch.allclose(fused(x), changed, atol=1e-4)
+        assert not torch.allclose(fused(x), again, atol=1e-4)
 
 
 def test_a_fused_model_gives_gradients_of_its_input_after_it_answered_without():
@@ -228,6 +232,96 @@ def test_a_layer_of_another_kind_keeps_its_coefficient():
     assert fused.stages[0].recursions[0].block.mlp.beta is not None
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+# what the fast paths do not know
+
+
+def changed_activation(model: SReT) -> None:
+    mlp = model.stages[1].recursions[0].block.mlp
+    mlp.branch = timm.layers.Mlp(32, 64, act_layer=torch.nn.ReLU)
+
+
+def patched_forward(model: SReT) -> None:
+    layer = model.stages[1].recursions[0].block.mlp.branch.fc2
+    layer.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
+
+
+def no_bias(model: SReT) -> None:
+    model.stages[1].recursions[0].block.attn.branch.qkv = torch.nn.Linear(32, 96, bias=False)
+
+
+def other_epsilon(model: SReT) -> None:
+    model.stages[1].recursions[0].block.attn.norm.eps = 10.0
+
+
+def stochastic_depth(model: SReT) -> None:
+    for module in model.modules():
+        if isinstance(module, timm.layers.DropPath):
+            module.train()
+
+
+@pytest.mark.parametrize("change", [changed_activation, patched_forward, no_bias, other_epsilon, stochastic_depth])
+def test_a_model_that_was_changed_answers_as_changed(change):
+    """Before and after the lines of its passes were made; the path for gradients and that without agree."""
+    model, x = lively(SReT(small_config(drop_path_rate=0.5))), torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+    change(model)
+    torch.manual_seed(1)
+    expected = model(x).detach()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        answer = model(x)
+    assert not torch.allclose(answer, before, atol=1e-3)
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_global_hooks_see_every_layer(has_gradient):
+    model, seen = SReT(small_config()).eval(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    with handle, torch.set_grad_enabled(has_gradient):
+        model(torch.randn(1, 3, 64, 64))
+    linear = [module for module in seen if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 8 * 6 + 1  # a pass has six, the head is one
+
+
+def test_what_a_hook_kept_of_the_stem_stays(model, image):
+    kept = []
+    model.stem.bn1.register_forward_hook(lambda *arguments: kept.append(arguments[2]))
+    model(image)
+    assert kept[0].min() < 0
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_shapes_without_numbers(has_gradient):
+    with torch.device("meta"), torch.set_grad_enabled(has_gradient):
+        assert SReT(small_config()).eval()(torch.empty(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_gradients_of_each_sample_by_functional_transforms():
+    model, x = SReT(small_config(permutation="strided")).double().eval(), torch.randn(3, 3, 64, 64).double()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: Any, image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(grads[name].sum(0), parameter.grad, msg=name)
+
+
+@pytest.mark.slow
+def test_a_processor_without_avx512_answers_in_bfloat16():
+    code = (
+        "import torch, timm, sret; m = sret.fuse(timm.create_model('sret_t', num_classes=3)).bfloat16()\n"
+        "with torch.no_grad(): print(m(torch.randn(2, 3, 64, 64).bfloat16()).isfinite().all().item())"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr[-500:]
 
 
 # what is done

@@ -70,8 +70,13 @@ class Subject:
 
     @cached_property
     def fused(self) -> nn.Module:
-        """Ours fused; any other model as it is."""
-        return fuse(self.model) if isinstance(self.model, SReT) else self.model
+        """Ours fused, its permutations known; any other model as it is."""
+        if not isinstance(self.model, SReT):
+            return self.model
+        fused = fuse(self.model)
+        with torch.no_grad():
+            fused(self.images[:1])  # a compiler would take what is remembered within a graph for the graph's own
+        return fused
 
     @cached_property
     def onnx(self) -> bytes:

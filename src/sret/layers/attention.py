@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sret.errors import InputError
+from sret.layers.context import is_listened_to
 from sret.layers.dot_product import attend
-from sret.layers.linear import LAYER_NORM_EPS, has_hooks, is_plain, linear, norm_linear, scaled
+from sret.layers.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
 from sret.layers.permute import Permutation, StridedPermutation
 from sret.layers.residual import LearnableResidual
 
@@ -93,7 +94,7 @@ class AttentionResidual(LearnableResidual):
     def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
         """beta SlicedAttention(LN(x)), by scaling the output projection's weights; a strided permutation is a view."""
         attn = self.branch
-        if not is_plain(attn.qkv, attn.proj) or has_hooks(self.norm, attn, attn.qkv, attn.proj):
+        if not self.is_known():
             return super().scaled_branch(x, num_groups, permutation)
         is_even = x.shape[1] % num_groups == 0
         if isinstance(permutation, StridedPermutation) and is_even and not torch.compiler.is_exporting():
@@ -110,6 +111,15 @@ class AttentionResidual(LearnableResidual):
             if permutation is not None:
                 y = permutation.undo(y)
         return linear(y, *scaled(attn.proj, self.beta))
+
+    def is_known(self) -> bool:
+        """Whether the branch is what it was made as, so that its weights say everything."""
+        attn = self.branch
+        return (
+            type(attn) is SlicedAttention
+            and is_plain(attn.qkv, attn.proj)
+            and not is_listened_to(self.norm, attn, attn.qkv, attn.proj)
+        )
 
     def first_layer(self) -> nn.Module:
         return self.branch.qkv

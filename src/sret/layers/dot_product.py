@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from sret.layers.context import is_transformed
+
 SCORES_AT_A_TIME = 2**20  # 2 MiB in bfloat16: they stay in cache
 
 
@@ -23,7 +25,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     is_slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if is_slow and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return formula(q, k, v) if torch.compiler.is_compiling() else _MatrixProductBackward.apply(q, k, v)
+        if torch.compiler.is_compiling() or is_transformed():
+            return formula(q, k, v)
+        return _MatrixProductBackward.apply(q, k, v)
     return scaled_dot_product_attention(q, k, v)
 
 

@@ -7,7 +7,8 @@ Each is the formula of one line that stands in it, computed otherwise where that
 
 - Where gradients flow, what a norm or a GELU answered is computed again in backward instead of stored. Both are cheap,
   and without them a block keeps about half of the memory.
-- Without gradients on x86 CPUs, oneDNN adds the bias and applies the GELU while the product is still in cache.
+- On x86 CPUs, without gradients and in the forward of what has its own backward here, oneDNN adds the bias and applies
+  the GELU while the product is still in cache.
 - Compiled code takes the formula: a compiler fuses and recomputes by itself, and exporters know it.
 """
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.nn.functional import linear as plain_linear
+
+from sret.layers.context import autocast_dtype, is_transformed
 
 LAYER_NORM_EPS = 1e-6
 
@@ -88,21 +91,20 @@ def scaled(layer: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def is_plain(*layers: nn.Module) -> bool:
     """Whether these are torch's own linear layers, whose weights say everything; an adapter (LoRA) must be called."""
-    return all(type(layer) is nn.Linear for layer in layers)
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody waits for one of these modules to be called."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for module in modules for kind in kinds)
+    return all(
+        type(layer) is nn.Linear and layer.bias is not None and type(layer.weight) is nn.Parameter for layer in layers
+    )
 
 
 def _is_recomputed() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
 
 
-# Where it was measured.
+# Where it was measured; bfloat16 takes a processor with AVX-512.
 _IS_SUPPORTED = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+_FUSED_DTYPES = {torch.float32}
+if _IS_SUPPORTED and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _FUSED_DTYPES.add(torch.bfloat16)
 
 
 def _has_fused_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -115,23 +117,18 @@ def _has_fused_kernel(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor  # neither fake nor distributed
         and x.is_cpu
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _FUSED_DTYPES
         and x.numel() > 0
         and torch._C._get_mkldnn_enabled()  # the property in torch.backends takes longer
         and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
     )
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What autocast would compute a product in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dtype = _compute_dtype(h, weight)
+        dtype = autocast_dtype(h) or weight.dtype
         ctx.save_for_backward(h, weight)
         ctx.dtype, ctx.bias_dtype = dtype, bias.dtype
         return linear(gelu(h).to(dtype), weight.to(dtype), bias.to(dtype))
@@ -153,7 +150,8 @@ class _NormLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        dtype = _compute_dtype(x, weight)
+        dtype, ctx.x_dtype = autocast_dtype(x) or weight.dtype, x.dtype
+        x = x.to(norm_weight.dtype)  # autocast leaves some streams in half precision, which CUDA's norms don't mix
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
         ctx.eps, ctx.dtype, ctx.bias_dtype = eps, dtype, bias.dtype
@@ -164,21 +162,22 @@ class _NormLinear(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
         for_x, for_norm_weight, for_norm_bias, _, for_weight, for_bias = ctx.needs_input_grad
         C, mask = x.shape[-1:], [for_x, for_norm_weight, for_norm_bias]
-        grad_norm, grad_weight = (None, None, None), None
+        grad_x, grad_norm, grad_weight = None, [None, None], None
         if any(mask):
             grad_y = (grad @ weight.to(ctx.dtype)).to(x.dtype)
-            grad_norm = torch.ops.aten.native_layer_norm_backward(
+            grad_x, *grad_norm = torch.ops.aten.native_layer_norm_backward(
                 grad_y, x, C, mean, rstd, norm_weight, norm_bias, mask
             )
         if for_weight:
             y = torch.native_layer_norm(x, C, norm_weight, norm_bias, ctx.eps)[0]
             grad_weight = _weight_grad(grad, y, weight.dtype)
-        return *grad_norm, None, grad_weight, _bias_grad(grad, ctx.bias_dtype) if for_bias else None
+        grad_x = None if grad_x is None else grad_x.to(ctx.x_dtype)
+        return grad_x, *grad_norm, None, grad_weight, _bias_grad(grad, ctx.bias_dtype) if for_bias else None
 
 
 def _weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return (grad.flatten(0, -2).T @ x.to(grad.dtype).flatten(0, -2)).to(dtype)
+    return (grad.reshape(-1, grad.shape[-1]).T @ x.to(grad.dtype).reshape(-1, x.shape[-1])).to(dtype)
 
 
 def _bias_grad(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.flatten(0, -2).sum(0).to(dtype)
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)

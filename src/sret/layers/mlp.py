@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from sret.layers.context import is_listened_to
 from sret.layers.linear import (
     LAYER_NORM_EPS,
     gelu_linear,
-    has_hooks,
     is_plain,
     linear,
     linear_gelu,
@@ -44,12 +44,17 @@ class MlpResidual(LearnableResidual):
     def scaled_branch(self, x: Tensor) -> Tensor:
         """beta MLP(LN(x)), by scaling the second layer's weights."""
         mlp = self.branch
-        if not is_plain(mlp.fc1, mlp.fc2) or has_hooks(self.norm, mlp, mlp.fc1, mlp.fc2):
+        if not self.is_known():
             return super().scaled_branch(x)
         weight, bias = scaled(mlp.fc2, self.beta)
         if torch.is_grad_enabled():
             return gelu_linear(norm_linear(x, self.norm, mlp.fc1.weight, mlp.fc1.bias), weight, bias)
         return linear(linear_gelu(self.norm(x), mlp.fc1.weight, mlp.fc1.bias), weight, bias)
+
+    def is_known(self) -> bool:
+        """Whether the branch is what it was made as, so that its weights say everything."""
+        mlp = self.branch
+        return type(mlp) is Mlp and is_plain(mlp.fc1, mlp.fc2) and not is_listened_to(self.norm, mlp, mlp.fc1, mlp.fc2)
 
     def first_layer(self) -> nn.Module:
         return self.branch.fc1

@@ -140,15 +140,16 @@ class RememberingPermuter(Permuter):
         if _replayed is not None:
             return super().__call__(num_tokens, num_groups, device, is_training=False)
         key = num_tokens, num_groups, device
-        if key not in self._known:
+        permutation = self._known.get(key)
+        if permutation is None:
             if len(self._known) == self.REMEMBERED:
-                del self._known[next(iter(self._known))]
+                self._known.clear()
             with torch.inference_mode(False):  # it may be used where gradients are wanted
                 permutation = super().__call__(num_tokens, num_groups, device, is_training=False)
                 if isinstance(permutation, IndexPermutation):
                     permutation = IndexPermutation(permutation.index, invert(permutation.index))
             self._known[key] = permutation
-        return self._known[key]
+        return permutation
 
 
 _replayed: list[Tensor] | None = None

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from sret.layers.context import is_transformed
+
 
 def resize(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """(1, C, H, W) -> (1, C, *grid), bicubic with antialiasing, in the dtype of the input."""
@@ -35,7 +37,9 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H', W') -> (B, C, H', W')."""
         embedding = self._resized((x.shape[-2], x.shape[-1]))
-        return x + embedding.contiguous(memory_format=torch.channels_last)  # as the stem's output lies in memory
+        if not is_transformed():
+            embedding = embedding.contiguous(memory_format=torch.channels_last)  # as the stem's output lies in memory
+        return x + embedding
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; drops the cache."""

@@ -62,7 +62,7 @@ class Recursion(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither compiled code nor what was looked up of these weights is copied.
-        return {**self.__dict__, "_pass": StraightPasses(len(self.groups))}
+        return {**super().__getstate__(), "_pass": StraightPasses(len(self.groups))}
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

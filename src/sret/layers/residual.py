@@ -11,6 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from sret.layers.context import is_transformed
 from sret.layers.linear import is_plain
 
 
@@ -65,7 +66,7 @@ class LearnableResidual(nn.Module):
 
 def weighted_sum(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
     """alpha x + y, for alpha of shape (1,), in one pass over memory."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():
         return cast(Tensor, _WeightedSum.apply(x, alpha, y))
     return torch.addcmul(y, x, alpha)
 
@@ -82,5 +83,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         x, alpha = ctx.saved_tensors
-        grad_alpha = torch.dot(grad.flatten(), x.to(grad.dtype).flatten()).view(1).to(alpha.dtype)
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            grad_alpha = torch.dot(grad.flatten(), x.to(grad.dtype).flatten()).view(1).to(alpha.dtype)
         return grad * alpha, grad_alpha, grad.to(ctx.y_dtype)

@@ -6,9 +6,11 @@ Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.0
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sret.errors import InputError
+from sret.layers.context import is_listened_to, is_transformed
 
 # Strides of the three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
@@ -33,15 +35,17 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels last, here and so in all that follows: faster convolutions, and tokens are a view of the feature map.
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.bn1(self.conv1(x)).relu_()  # in place: these are the largest tensors of all
-        x = self.bn2(self.conv2(x)).relu_()
-        return self.bn3(self.conv3(x)).relu_()
+        if not is_transformed():
+            x = x.contiguous(memory_format=torch.channels_last)
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            # In place, unless somebody keeps what BatchNorm answered: these are the largest tensors of all.
+            x = relu(bn(conv(x)), inplace=not is_listened_to(bn))
+        return x
 
     def fold(self) -> None:
         """Makes each BatchNorm, as evaluation applies it, a part of the convolution before it."""
         for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
-            if not isinstance(getattr(self, bn), nn.Identity):
+            if type(getattr(self, bn)) is nn.BatchNorm2d:
                 setattr(self, conv, fuse_conv_bn_eval(getattr(self, conv), getattr(self, bn)))
                 setattr(self, bn, nn.Identity())
 

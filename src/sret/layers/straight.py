@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from sret.layers.attention import AttentionResidual, strided_attention
 from sret.layers.block import Block, one_pass
-from sret.layers.linear import Product, is_plain, kernels_for
+from sret.layers.context import autocast_dtype, is_listened_to, is_transformed
+from sret.layers.linear import Product, kernels_for
 from sret.layers.mlp import MlpResidual
 from sret.layers.permute import Permutation, StridedPermutation
+from sret.layers.projection import NonLinearProjection
 
 Step = Callable[[Tensor, int, Permutation | None], Tensor]
 
@@ -39,12 +41,9 @@ class StraightPasses:
     ) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         steps = None
-        if not (
-            torch.is_grad_enabled()
-            or block.training
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(x.device.type)
-        ):
+        if torch.is_grad_enabled() or block.training:
+            self._lines.clear()  # which hold weights that may be replaced meanwhile
+        elif not (torch.compiler.is_compiling() or autocast_dtype(x) or is_transformed() or is_listened_to()):
             line = self._lines.get(projection)
             if line is None or not line.is_current():
                 if len(self._lines) == self.num_passes:
@@ -63,31 +62,40 @@ class _Line:
 
     def __init__(self, block: Block, projection: nn.Module) -> None:
         residuals = [block.attn, block.mlp, *([] if type(projection) is nn.Identity else [projection])]
-        self._parts: list[tuple[dict[str, Any], str, Any]] = []
-        self._hooks: list[dict[int, Any]] = []
-        for top in (block, projection):
-            for module in top.modules():
-                for table in (module._modules, module._parameters):
-                    self._parts += [(table, name, part) for name, part in table.items()]
-                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self._has_hooks = any(self._hooks)
+        modules = [*block.modules(), *projection.modules()]
+        tables = [table for module in modules for table in (module._modules, module._parameters)]
+        self._parts = [(table, name, part) for table in tables for name, part in table.items()]
+        # An epsilon is no part of a module, but of its answer.
+        self._parts += [(m.__dict__, "eps", m.__dict__["eps"]) for m in modules if "eps" in m.__dict__]
+        self._lengths = [(values, len(values)) for values in (*tables, *(module.__dict__ for module in modules))]
+        self._states = [(module.__dict__, _state(module.__dict__)) for module in modules]
         steps = [step for residual in residuals if (step := _step(residual)) is not None]
-        self.steps = steps if len(steps) == len(residuals) and not self._has_hooks else None
+        is_quiet = not any(module.training for module in modules) and not is_listened_to(*modules)
+        self.steps = steps if len(steps) == len(residuals) and type(block) is Block and is_quiet else None
 
     def is_current(self) -> bool:
-        """Whether the modules still have the same parts, and hooks as before."""
+        """Whether the modules have the same parts, mode and hooks as when the line was made."""
         for table, name, part in self._parts:
             if table.get(name) is not part:
                 return False
-        return any(self._hooks) == self._has_hooks
+        for values, length in self._lengths:
+            if len(values) != length:
+                return False
+        return all(_state(values) == state for values, state in self._states)
+
+
+def _state(values: dict[str, Any]) -> tuple[bool, bool]:
+    return values["training"], bool(values["_forward_hooks"] or values["_forward_pre_hooks"])
 
 
 def _step(residual: nn.Module) -> Step | None:
     """One residual, or None if it has layers that must be called."""
-    if not isinstance(residual, AttentionResidual | MlpResidual) or residual.training:
+    if not isinstance(residual, AttentionResidual | MlpResidual) or not residual.is_known():
+        return None
+    if type(residual) not in (AttentionResidual, MlpResidual, NonLinearProjection):
         return None
     norm, first, last = residual.norm, residual.first_layer(), residual.last_layer()
-    if type(norm) is not nn.LayerNorm or not is_plain(first, last):
+    if type(norm) is not nn.LayerNorm:
         return None
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
