@@ -177,5 +177,5 @@ def _openvino(onnx: bytes, images: Tensor, dtype: str) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
-    run = openvino_runner(core, core.read_model(onnx), options)
+    run = openvino_runner(core, core.read_model(onnx), options, onnx)
     return lambda: torch.from_numpy(run(images.numpy()))

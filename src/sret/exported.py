@@ -26,6 +26,10 @@ ENGINES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 DTYPES = ("float32", "bfloat16", "int8")
 NAMESPACE = "sret"  # before the names in a file's metadata
 
+# OpenVINO 2026.4 crashes where the garbage collector frees its objects in another order than it made them, so they stay
+# until the process ends (docs/log.md).
+_KEPT: list[tuple[Any, ...]] = []
+
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, C, H, W) -> (B, num_classes)
 
 
@@ -145,9 +149,13 @@ def _load_openvino(path: Path, threads: int) -> tuple[Run, Stamp]:
     return openvino_runner(core, model, options), stamp
 
 
-def openvino_runner(core: Any, model: Any, options: Mapping[str, Any]) -> Run:
-    """Compiles the model for the number of pictures in the first batch, which is faster; for other numbers, for any."""
+def openvino_runner(core: Any, model: Any, options: Mapping[str, Any], *needed: Any) -> Run:
+    """Compiles the model for the number of pictures in the first batch, which is faster; for other numbers, for any.
+
+    What the model needs, such as the bytes it was read from, stays with it.
+    """
     requests: dict[int | None, Any] = {}
+    _KEPT.append((core, model, requests, needed))
 
     def run(x: np.ndarray) -> np.ndarray:
         key = len(x) if not requests or len(x) in requests else None
@@ -155,8 +163,9 @@ def openvino_runner(core: Any, model: Any, options: Mapping[str, Any]) -> Run:
             sized = model.clone()
             if key is not None:
                 sized.reshape(list(x.shape))
-            requests[key] = core.compile_model(sized, "CPU", options).create_infer_request()
-        return requests[key].infer([x], share_inputs=True)[0]
+            compiled = core.compile_model(sized, "CPU", options)
+            requests[key] = compiled, compiled.create_infer_request()
+        return requests[key][1].infer([x], share_inputs=True)[0]
 
     return run
 

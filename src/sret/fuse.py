@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import nn
 
+from sret.errors import InputError
 from sret.layers import ConvStem, LearnableResidual
 from sret.layers.permute import RememberingPermuter
 from sret.model import SReT
@@ -21,8 +22,10 @@ def fuse(model: SReT) -> SReT:
     """A copy of the model that gives the same answers to rounding; in evaluation mode, and not for further training.
 
     It is a plain module with fewer tensors, which can be compiled, exported, and saved: `save_weights`, with a card
-    whose `is_fused` is true. Fusing twice changes nothing.
+    whose `is_fused` is true. Fusing twice changes nothing. Raises `InputError` for a model of another kind.
     """
+    if not isinstance(model, SReT):
+        raise InputError(f"only models of sret can be fused, not {type(model).__name__}")
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     for module in fused.modules():
         if isinstance(module, ConvStem | LearnableResidual):
