@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from sret.layers import LearnableResidual
+from sret.layers import Coefficients, LearnableResidual
 
 X = torch.randn(2, 7, 24, dtype=torch.double)
 
@@ -31,7 +31,7 @@ def test_without_its_branch_it_is_the_identity():
 
 def test_left_out_it_has_no_coefficients_and_adds_plainly():
     f = branch()
-    residual = LearnableResidual(f, is_learnable=False)
+    residual = LearnableResidual(f, coefficients=Coefficients(is_learnable=False))
     assert {name for name, _ in residual.named_parameters()} == {"branch.weight", "branch.bias"}
     torch.testing.assert_close(residual(X), X + f(X))
 

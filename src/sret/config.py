@@ -9,10 +9,13 @@ from typing import Any, Literal, cast, get_args
 
 from sret.errors import InputError, nearest
 from sret.layers.attention import slice_lengths
+from sret.layers.memory import Memory
 from sret.layers.permute import PermutationKind
 from sret.layers.stem import STEM_STRIDES
 
 POOL_STRIDE = 2  # between stages
+
+ResidualScale = Literal["one", "sqrt", "passes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,11 @@ class ModelConfig:
         num_classes: logits; 0 leaves the classifier out.
         stem_stride: pixels per token of the first stage, 1, 2, 4 or 8.
         learnable_residual: `False` fixes all residual coefficients at 1 (the ablation).
+        residual_scale: by what a pass's change of the stream is divided: "one" as published, "sqrt" the square root of
+            the number of passes of its recursion, or "passes", that number. Coefficients are learned on that scale.
+        reversible: two streams, from whose outputs the inputs can be computed; another architecture.
+        memory: what backward keeps, see `sret.layers.memory`: "none", "pass", "nested", "nested:512MiB" (for all
+            recursions together), "reversible" (needs `reversible`), "truncated:k".
         permutation: how sliced passes after the first reorder tokens: "random" or "strided" (no gather).
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth. A block's rate, one for all its passes, grows with its place in depth from 0
@@ -98,6 +106,9 @@ class ModelConfig:
     num_classes: int = 1000
     stem_stride: int = 8
     learnable_residual: bool = True
+    residual_scale: ResidualScale = "one"
+    reversible: bool = False
+    memory: str = "none"
     permutation: PermutationKind = "random"
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
@@ -119,6 +130,11 @@ class ModelConfig:
             raise InputError("the first stage needs at least 2 channels: the stem starts with half of them")
         if self.permutation not in get_args(PermutationKind):
             raise InputError(f"permutation {self.permutation!r} is not one of {', '.join(get_args(PermutationKind))}")
+        if self.residual_scale not in get_args(ResidualScale):
+            raise InputError(
+                f"residual_scale {self.residual_scale!r} is not one of {', '.join(get_args(ResidualScale))}"
+            )
+        check_memory(self.memory, self.reversible)
         for name in ("drop_rate", "drop_path_rate"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} is not a probability below 1")
@@ -176,6 +192,18 @@ class ModelConfig:
     def with_changes(self, changes: Mapping[str, Any]) -> "ModelConfig":
         """This config with some fields changed, given as plain values. Raises `InputError` as `from_dict` does."""
         return ModelConfig.from_dict({**self.to_dict(), **changes})
+
+
+def check_memory(policy: str, is_reversible: bool) -> None:
+    """Raises `InputError` for a policy that there is not, or that a model of one stream, or of two, cannot have."""
+    kind = Memory.parse(policy).kind
+    if kind == "reversible" and not is_reversible:
+        raise InputError(
+            "memory 'reversible' needs a model of two streams, which is another function: set reversible to true, or "
+            "take 'nested', the leanest for one stream"
+        )
+    if is_reversible and kind not in ("none", "reversible"):
+        raise InputError(f"memory {policy!r} is for models of one stream; a reversible one has 'reversible' or 'none'")
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:

@@ -57,9 +57,10 @@ def model_cost(config: ModelConfig, img_size: tuple[int, int] | None = None) -> 
     config.check(size)
     grids = config.grids(size)
     stem_parameters, stem_macs = _stem(config, size)
+    coefficients = 0 if not config.learnable_residual else 1 if config.reversible else 2  # of each residual
     dims = [None, *(stage.embed_dim for stage in config.stages)]
     stages = tuple(
-        _stage(stage, grid, in_dim, config.learnable_residual)
+        _stage(stage, grid, in_dim, coefficients)
         for stage, grid, in_dim in zip(config.stages, grids, dims[:-1], strict=True)
     )
     dim = config.stages[-1].embed_dim
@@ -88,16 +89,15 @@ def _stem(config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     return parameters, macs
 
 
-def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, is_residual_learnable: bool) -> StageCost:
+def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, coefficients: int) -> StageCost:
     C, N = stage.embed_dim, _area(grid)
-    residual = 2 if is_residual_learnable else 0
     hidden = int(C * stage.mlp_ratio)
     projection_hidden = 0 if stage.projection_ratio is None else int(C * stage.projection_ratio)
 
     def mlp(hidden: int) -> int:  # with its norm and residual
-        return 2 * C * hidden + hidden + C + 2 * C + residual
+        return 2 * C * hidden + hidden + C + 2 * C + coefficients
 
-    attention = 4 * C * C + 4 * C + 2 * C + residual
+    attention = 4 * C * C + 4 * C + 2 * C + coefficients
     projection = mlp(projection_hidden) if projection_hidden else 0
     passes = tuple(
         PassCost(

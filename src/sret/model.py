@@ -12,33 +12,47 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.utils.checkpoint import checkpoint
 
-from sret.config import ModelConfig, StageConfig
+from sret.config import ModelConfig, StageConfig, check_memory
 from sret.errors import InputError
-from sret.layers import Block, ConvPool, ConvStem, NonLinearProjection, Permuter, PositionEmbedding, Recursion
+from sret.layers import (
+    Block,
+    Coefficients,
+    ConvPool,
+    ConvStem,
+    Memory,
+    NonLinearProjection,
+    Permuter,
+    PositionEmbedding,
+    Recursion,
+    ReversibleRecursion,
+)
 from sret.layers.linear import LAYER_NORM_EPS
 
 
 class Stage(nn.Module):
     """(B, C, H, W) -> (B, C', H', W'): a pool (but for the first stage), then a recursion per distinct block."""
 
-    def __init__(
-        self, config: StageConfig, in_dim: int | None, drop_path_rates: Sequence[float], is_residual_learnable: bool
-    ) -> None:
+    def __init__(self, config: StageConfig, model: ModelConfig, in_dim: int | None, drop_path_rates: Sequence[float]):
         super().__init__()
         dim = config.embed_dim
+        divisor = {"one": 1.0, "sqrt": config.num_passes**0.5, "passes": float(config.num_passes)}
+        coefficients = Coefficients(
+            model.learnable_residual,
+            is_stream_learnable=not model.reversible,
+            scale=1 / divisor[model.residual_scale],
+        )
 
         def projection() -> nn.Module:
             if config.projection_ratio is None:
                 return nn.Identity()
-            return NonLinearProjection(dim, config.projection_ratio, is_residual_learnable)
+            return NonLinearProjection(dim, config.projection_ratio, coefficients)
 
-        self.grad_checkpointing = False
+        kind = ReversibleRecursion if model.reversible else Recursion
         self.pool = nn.Identity() if in_dim is None else ConvPool(in_dim, dim)
         self.recursions = nn.ModuleList(
-            Recursion(
-                Block(dim, config.num_heads, config.mlp_ratio, drop_path_rate, is_residual_learnable),
+            kind(
+                Block(dim, config.num_heads, config.mlp_ratio, drop_path_rate, coefficients),
                 config.groups,
                 [projection() for _ in config.groups],
             )
@@ -51,15 +65,12 @@ class Stage(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, N, C), contiguous
         for recursion in self.recursions:
             assert isinstance(recursion, Recursion)
-            # Drawn out here, so that a recomputed forward sees the permutations of the first one.
+            # Drawn out here, so that a recomputed pass sees the permutation of the first time.
             permutations = [
                 permuter(H * W, num_groups, x.device, is_training=self.training) if recursion.is_permuted(i) else None
                 for i, num_groups in enumerate(recursion.groups)
             ]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(recursion, x, permutations, use_reentrant=False)
-            else:
-                x = recursion(x, permutations)
+            x = recursion(x, permutations)
         return x.transpose(1, 2).unflatten(2, (H, W))
 
 
@@ -88,13 +99,14 @@ class SReT(nn.Module):
         for i, stage in enumerate(config.stages):
             # As the authors have it: distinct block j of a stage takes the rate of layer j of that stage.
             rates = [config.drop_path_rate * (depth_before + j) / config.depth for j in range(stage.num_blocks)]
-            self.stages.append(Stage(stage, dims[i - 1] if i else None, rates, config.learnable_residual))
+            self.stages.append(Stage(stage, config, dims[i - 1] if i else None, rates))
             self.feature_info.append(
                 {"num_chs": dims[i], "reduction": config.stem_stride * 2**i, "module": f"stages.{i}"}
             )
             depth_before += stage.depth
         self.norm = nn.LayerNorm(dims[-1], LAYER_NORM_EPS)
         self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
+        self.set_memory(config.memory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
@@ -180,12 +192,27 @@ class SReT(nn.Module):
             else nn.Identity()
         )
 
+    def set_memory(self, policy: str) -> None:
+        """What backward keeps from now on, in the words of `ModelConfig.memory`; weights and answers stay.
+
+        Raises `InputError` for a policy that there is not, or that does not fit the model.
+        """
+        check_memory(policy, self.config.reversible)
+        self.config = replace(self.config, memory=policy)
+        memory = Memory.parse(policy)
+        # Of a budget, all recursions take parts that hold equally many inputs for the square root of their passes.
+        parts = {}
+        for stage, config, (H, W) in zip(self.stages, self.config.stages, self.config.grids(), strict=True):
+            assert isinstance(stage, Stage)
+            parts.update(dict.fromkeys(stage.recursions, H * W * config.embed_dim * config.num_passes**0.5))
+        for recursion, part in parts.items():
+            assert isinstance(recursion, Recursion)
+            recursion.memory, recursion.memory_share = memory, part / sum(parts.values())
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each recursion in backward instead of storing its activations."""
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
+        """timm's switch: keep the input of every pass (of a reversible model: nothing), or everything."""
+        self.set_memory("none" if not enable else "reversible" if self.config.reversible else "pass")
 
     def compile(self, **options: Any) -> None:
         """Compiles the pass of a recursion, once for all that have equal shapes, and not the unrolled model.

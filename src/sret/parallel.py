@@ -1,8 +1,7 @@
 """One model on several processes: they start, share gradients and BatchNorm, save whole states, and fail together.
 
-Copies of the model are kept equal by torch's DDP. Sharding is torch's `fully_shard` (FSDP2), applied here: a block is
-a unit of its own, below the recursion that uses it several times, so that each pass gathers it and lets it go, and its
-gradient is reduced once. (accelerate 1.15 takes DDP in silence where FSDP is asked for on CPU, so that its sharding
+Copies of the model are kept equal by torch's DDP. Sharding is torch's `fully_shard` (FSDP2), applied here: a recursion
+is a unit, whose weights are gathered once for all of its passes, and its gradient is reduced once. (accelerate 1.15 takes DDP in silence where FSDP is asked for on CPU, so that its sharding
 could not be tested there.)
 """
 
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from sret.errors import InputError
-from sret.layers import Block, NonLinearProjection
+from sret.layers import Recursion
 from sret.recipe import Launch, TrainConfig
 
 LONGEST_WAIT = timedelta(hours=2)  # for the first process to fetch, index or save
@@ -89,9 +88,9 @@ def synchronize_batch_norm(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """Divides the parameters among all processes, block by block and projection by projection (FSDP2)."""
+    """Divides the parameters among all processes, recursion by recursion (FSDP2)."""
     for module in model.modules():
-        if isinstance(module, Block | NonLinearProjection):
+        if isinstance(module, Recursion):
             fully_shard(module)
     fully_shard(model)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sret.augment import Augmentation
 from sret.config import ModelConfig
 from sret.errors import InputError, InputWarning
+from sret.layers.memory import EXACT, Memory
 from sret.variants import config_of
 
 # timm's names. It has a hundred, some of which keep a part of their state where no state dict has it.
@@ -193,7 +194,6 @@ class Launch:
     Attributes:
         num_workers: processes that load pictures, beside each process that trains.
         accumulation: parts that each process computes a step in, one after the other, to need less memory.
-        grad_checkpointing: recompute each recursion in backward instead of storing its activations.
         compile: compile a pass of each stage first, which takes a minute or two and a C++ compiler; steps then take
             less time and memory.
         shard: divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP).
@@ -204,7 +204,6 @@ class Launch:
 
     num_workers: int = 0
     accumulation: int = 1
-    grad_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
     max_corrupt: int = 0
@@ -222,6 +221,14 @@ class Launch:
 
 def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the weights of a run, of a recipe as plain values: all but how backward saves memory exactly."""
+    model = recipe["model"]
+    if Memory.parse(model.get("memory", "none")).kind in EXACT:
+        model = {key: value for key, value in model.items() if key != "memory"}
+    return {**recipe, "model": model}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

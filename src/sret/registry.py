@@ -12,15 +12,15 @@ from sret import drive, weights
 from sret.config import ModelConfig
 from sret.errors import InputError, nearest
 from sret.model import SReT
-from sret.variants import CONFIGS, RELEASES, Release, config_of
+from sret.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 
-def _default_cfg(name: str, release: Release) -> dict[str, Any]:
+def _default_cfg(name: str, release: Release | None = None) -> dict[str, Any]:
     config = config_of(name)
     height, width = config.input_size
     return {
-        "url": drive.drive_url(release.drive_id),
-        "num_classes": 1000,
+        "url": drive.drive_url(release.drive_id) if release else "",
+        "num_classes": config.num_classes,
         "input_size": (3, height, width),
         "pool_size": config.grids()[-1],
         "crop_pct": 0.875,
@@ -34,7 +34,9 @@ def _default_cfg(name: str, release: Release) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({name: _default_cfg(name, release) for name, release in RELEASES.items()})
+default_cfgs = generate_default_cfgs(
+    {name: _default_cfg(name, release) for name, release in RELEASES.items()} | {name: _default_cfg(name) for name in DEEP}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -13,7 +13,7 @@ import sret
 from sret.checkpoint import Card, digest, load_state, save_state, save_weights, write_atomically
 from sret.data import ImageData
 from sret.errors import InputError, some
-from sret.recipe import TrainConfig, changes
+from sret.recipe import TrainConfig, changes, decisive
 
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
 REPORT = "report.png"
@@ -62,7 +62,7 @@ def find(
             f"{out} holds a run already (step {state['step']} of {state['total_steps']}); "
             f"{'it is finished: ' if is_finished else 'add --resume auto to continue it, or '}name another --out"
         )
-    if changed := changes(state["config"], config.to_dict()):
+    if changed := changes(decisive(state["config"]), decisive(config.to_dict())):
         raise InputError(f"{out} was begun with another recipe: {some(changed)}; name another --out")
     for name, before in state["sources"].items():
         if changed := changes({"content": before}, {"content": sources.get(name)}):

@@ -107,7 +107,6 @@ def train(
     model = SReT(model_config)
     if config.init is not None:
         load_pretrained(model, read(config.init, model_config))
-    model.set_grad_checkpointing(launch.grad_checkpointing)
     model.to(accelerator.device)
     if num_ranks > 1:
         parallel.synchronize_batch_norm(model)

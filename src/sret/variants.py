@@ -1,4 +1,4 @@
-"""The published models under lower-case names, and where the authors keep their weights.
+"""The models that have names: the published ones, with the place where the authors keep their weights, and deep ones.
 
 Sizes and slices: Shen, Liu, Xing, ECCV 2022, arXiv:2111.05297 and the authors' release. Accuracies are the authors'
 ImageNet-1K top-1; none has been reproduced here.
@@ -7,6 +7,7 @@ ImageNet-1K top-1; none has been reproduced here.
 from dataclasses import dataclass
 
 from sret.config import ModelConfig, StageConfig
+from sret.deep import deep_config
 from sret.errors import InputError, nearest
 
 GROUPS_SLICED = ((8, 2), (4, 1), (1, 1))  # per stage: slices in pass one, slices in pass two
@@ -57,7 +58,7 @@ def _s(groups: tuple[tuple[int, int], ...], img_size: int = 224) -> ModelConfig:
     return _config((126, 252, 504), (3, 6, 12), 3.0, 2.0, groups, img_size)
 
 
-CONFIGS: dict[str, ModelConfig] = {
+PUBLISHED: dict[str, ModelConfig] = {
     "sret_t": _t(GROUPS_SLICED),
     "sret_t_unsliced": _t(GROUPS_UNSLICED),
     "sret_t_unsliced_384": _t(GROUPS_UNSLICED, 384),
@@ -69,6 +70,19 @@ CONFIGS: dict[str, ModelConfig] = {
     "sret_s_unsliced_384": _s(GROUPS_UNSLICED, 384),
     "sret_s_unsliced_512": _s(GROUPS_UNSLICED, 512),
 }
+
+# The number is that of layers, passes of attention and MLP. Those for pictures of 32 pixels have one width.
+DEEP: dict[str, ModelConfig] = {
+    **{f"sret_deep_{n}": deep_config(layers=n, max_parameters=14_000_000) for n in (108, 1008)},
+    **{
+        f"sret_deep_{n}_32": deep_config(
+            layers=n, max_parameters=2_500_000, embed_dim=32, img_size=32, stem_stride=4, num_classes=10
+        )
+        for n in (20, 108, 1008)
+    },
+}
+
+CONFIGS = {**PUBLISHED, **DEEP}
 
 # Tags: `in1k` trained on ImageNet-1K (the last epoch), `best_in1k` the same run's best epoch, `dist_in1k` distilled,
 # at 384 and 512 pixels then fine-tuned. The first tag of a name is its default.
@@ -104,6 +118,8 @@ def config_of(name: str) -> ModelConfig:
     if variant not in CONFIGS:
         raise InputError(f"unknown model {name!r} (known: {', '.join(CONFIGS)}){nearest(variant, CONFIGS)}")
     if tag and name not in RELEASES:
+        if variant in DEEP:
+            raise InputError(f"{variant} has no published weights, so no tag {tag!r}: its name stands alone")
         tags = [release.partition(".")[2] for release in RELEASES if release.startswith(f"{variant}.")]
         raise InputError(f"{variant} has no weights tagged {tag!r}{nearest(tag, tags)}; it has {', '.join(tags)}")
     return CONFIGS[variant]

@@ -25,7 +25,7 @@ from sret.errors import InputError, InputWarning, some
 from sret.layers.position import resize
 from sret.model import SReT
 from sret.reading import StateDict, read_pickle, read_safetensors
-from sret.variants import CONFIGS, config_of
+from sret.variants import PUBLISHED, config_of
 
 _STEM = {f"patch_embed.{name}.": f"stem.{name}." for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
 _BLOCK = {
@@ -131,9 +131,9 @@ def _likeliest(state_dict: Mapping[str, Tensor]) -> str:
         return f"It fits {' or '.join(fitting)}"
 
     def matches(variant: str) -> int:
-        return sum(key in state_dict and state_dict[key].shape == s for key, s in _shapes(CONFIGS[variant]).items())
+        return sum(key in state_dict and state_dict[key].shape == s for key, s in _shapes(PUBLISHED[variant]).items())
 
-    best = max(CONFIGS, key=matches)
+    best = max(PUBLISHED, key=matches)
     if not matches(best):
         return "It fits no published SReT; is it a checkpoint of the authors' release?"
     return f"The likeliest variant is {best}, which shares {matches(best)} of {len(state_dict)} tensors with it"
@@ -147,7 +147,7 @@ def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
     shapes = {key: tensor.shape for key, tensor in state_dict.items() if not key.startswith("head.")}
     return [
         variant
-        for variant, config in CONFIGS.items()
+        for variant, config in PUBLISHED.items()
         if {key: shape for key, shape in _shapes(config).items() if not key.startswith("head.")} == shapes
     ]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sret.layers.attention import AttentionResidual
 from sret.layers.mlp import MlpResidual
 from sret.layers.permute import Permutation
+from sret.layers.residual import Coefficients
 
 
 class Block(nn.Module):
@@ -22,11 +23,11 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         drop_prob: float = 0.0,
-        is_residual_learnable: bool = True,
+        coefficients: Coefficients = Coefficients(),
     ) -> None:
         super().__init__()
-        self.attn = AttentionResidual(dim, num_heads, drop_prob, is_residual_learnable)
-        self.mlp = MlpResidual(dim, mlp_ratio, drop_prob, is_residual_learnable)
+        self.attn = AttentionResidual(dim, num_heads, drop_prob, coefficients)
+        self.mlp = MlpResidual(dim, mlp_ratio, drop_prob, coefficients)
 
     def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C): one pass."""

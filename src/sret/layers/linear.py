@@ -82,7 +82,7 @@ def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> Ten
     return linear(norm(x), weight, bias)
 
 
-def scaled(layer: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def scaled(layer: nn.Linear, scale: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of scale (W x + b): weights are fewer numbers than activations."""
     if scale is None:
         return layer.weight, layer.bias

@@ -17,7 +17,7 @@ from sret.layers.linear import (
     norm_linear,
     scaled,
 )
-from sret.layers.residual import LearnableResidual
+from sret.layers.residual import Coefficients, LearnableResidual
 
 
 class Mlp(nn.Module):
@@ -37,16 +37,18 @@ class MlpResidual(LearnableResidual):
 
     branch: Mlp
 
-    def __init__(self, dim: int, ratio: float, drop_prob: float = 0.0, is_learnable: bool = True) -> None:
+    def __init__(
+        self, dim: int, ratio: float, drop_prob: float = 0.0, coefficients: Coefficients = Coefficients()
+    ) -> None:
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
-        super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, is_learnable)
+        super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, coefficients)
 
     def scaled_branch(self, x: Tensor) -> Tensor:
-        """beta MLP(LN(x)), by scaling the second layer's weights."""
+        """s beta MLP(LN(x)), by scaling the second layer's weights."""
         mlp = self.branch
         if not self.is_known():
             return super().scaled_branch(x)
-        weight, bias = scaled(mlp.fc2, self.beta)
+        weight, bias = scaled(mlp.fc2, self.branch_factor())
         if torch.is_grad_enabled():
             return gelu_linear(norm_linear(x, self.norm, mlp.fc1.weight, mlp.fc1.bias), weight, bias)
         return linear(linear_gelu(self.norm(x), mlp.fc1.weight, mlp.fc1.bias), weight, bias)

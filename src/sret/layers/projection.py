@@ -7,10 +7,11 @@ Every pass has its own; nothing of it is shared.
 """
 
 from sret.layers.mlp import MlpResidual
+from sret.layers.residual import Coefficients
 
 
 class NonLinearProjection(MlpResidual):
     """(B, N, C) -> (B, N, C), with int(C x ratio) hidden channels and an exact GELU."""
 
-    def __init__(self, dim: int, ratio: float = 1.0, is_residual_learnable: bool = True) -> None:
-        super().__init__(dim, ratio, is_learnable=is_residual_learnable)
+    def __init__(self, dim: int, ratio: float = 1.0, coefficients: Coefficients = Coefficients()) -> None:
+        super().__init__(dim, ratio, coefficients=coefficients)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sret.errors import InputError
 from sret.layers.block import Block, one_pass
+from sret.layers.context import is_transformed
+from sret.layers.memory import Chain, Memory, recomputed, without_gradient
 from sret.layers.permute import Permutation
 from sret.layers.straight import StraightPasses
 
@@ -29,6 +31,10 @@ class Recursion(nn.Module):
         block: the shared weights, held once.
         groups: slices per pass; its length is the number of passes.
         projections: one module per pass; `nn.Identity()` leaves a projection out (the ablation).
+
+    Attributes:
+        memory: what backward keeps.
+        memory_share: of a memory budget for the whole model, what this recursion may take.
     """
 
     def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
@@ -38,6 +44,7 @@ class Recursion(nn.Module):
         self.block = block
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
+        self.memory, self.memory_share = Memory(), 1.0
         self._pass: Callable[..., Tensor] = StraightPasses(len(groups))
 
     def is_permuted(self, recursion: int) -> bool:
@@ -46,19 +53,31 @@ class Recursion(nn.Module):
 
     def forward(self, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
         """(B, N, C) -> (B, N, C); `permutations` has one entry per pass, `None` for raster order."""
-        for num_groups, permutation, projection in zip(self.groups, permutations, self.projections, strict=True):
-            x = self._pass(self.block, projection, x, num_groups, permutation)
+        projections = list(self.projections)  # looked up once: indexing a ModuleList takes as long as a small product
+
+        def one(i: int, x: Tensor) -> Tensor:
+            return self._pass(self.block, projections[i], x, self.groups[i], permutations[i])
+
+        first, num_passes = 0, len(self.groups)
+        if torch.is_grad_enabled() and self.memory.kind != "none" and not is_transformed():
+            chain = Chain(one, self.weights_by_pass())
+            if self.memory.passes is None:
+                slots = self.memory.slots(num_passes, x.element_size() * x.numel(), self.memory_share)
+                return recomputed(chain, slots, x)
+            first = max(0, num_passes - self.memory.passes)
+            x = without_gradient(chain, first, x) if first else x
+        for i in range(first, num_passes):
+            x = one(i, x)
         return x
+
+    def weights_by_pass(self) -> list[list[nn.Parameter]]:
+        """What each pass uses: the block's weights, and those of its projection."""
+        shared = list(self.block.parameters())
+        return [[*shared, *projection.parameters()] for projection in self.projections]
 
     def compile(self, **options: Any) -> None:
         """Compiles one pass, which all recursions of equal shapes then use; options are those of `torch.compile`."""
-        compiled = torch.compile(one_pass, **{"dynamic": False, **options})
-
-        def compiled_pass(*args: Any) -> Tensor:
-            with torch._functorch.config.patch(activation_memory_budget=STORED):
-                return compiled(*args)
-
-        self._pass = compiled_pass
+        self._pass = compiled(one_pass, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither compiled code nor what was looked up of these weights is copied.
@@ -66,3 +85,14 @@ class Recursion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"
+
+
+def compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """The function compiled for fixed shapes, storing part of what its backward needs."""
+    inner = torch.compile(function, **{"dynamic": False, **options})
+
+    def call(*args: Any) -> Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=STORED):
+            return inner(*args)
+
+    return call

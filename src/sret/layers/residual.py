@@ -2,9 +2,14 @@
 
     y = alpha x + beta f(norm(x)),   alpha = beta = 1 at the start
 
+In deep recursions both are learned on the scale of the whole recursion, by a factor s such as 1 / passes:
+
+    y = (1 + s (alpha - 1)) x + s beta f(norm(x))
+
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, learnable residual coefficients.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,6 +20,21 @@ from sret.layers.context import is_transformed
 from sret.layers.linear import is_plain
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """Which coefficients a residual has.
+
+    Attributes:
+        is_learnable: `False` fixes both at 1 and removes them from the parameters (the ablation).
+        is_stream_learnable: `False` fixes alpha alone: a stream that must be recovered by subtraction.
+        scale: s, by which a pass changes the stream; 1 as published.
+    """
+
+    is_learnable: bool = True
+    is_stream_learnable: bool = True
+    scale: float = 1.0
+
+
 class LearnableResidual(nn.Module):
     """A pre-norm residual branch with two scalar coefficients.
 
@@ -22,29 +42,51 @@ class LearnableResidual(nn.Module):
         branch: f, called with the normalised stream and any further arguments of `forward`.
         norm: applied before the branch; none by default.
         drop_prob: stochastic depth, the probability of dropping the branch of a sample in training.
-        is_learnable: `False` fixes both coefficients at 1 and removes them from the parameters (the ablation).
+        coefficients: which there are.
     """
 
     def __init__(
-        self, branch: nn.Module, norm: nn.Module | None = None, drop_prob: float = 0.0, is_learnable: bool = True
+        self,
+        branch: nn.Module,
+        norm: nn.Module | None = None,
+        drop_prob: float = 0.0,
+        coefficients: Coefficients = Coefficients(),
     ) -> None:
         super().__init__()
         self.norm = norm or nn.Identity()
         self.branch = branch
         self.drop_path = DropPath(drop_prob) if drop_prob else nn.Identity()
         # Shape (1,), not (): engines that shard parameters refuse scalars.
-        self.alpha = nn.Parameter(torch.ones(1)) if is_learnable else None
-        self.beta = nn.Parameter(torch.ones(1)) if is_learnable else None
+        has_alpha = coefficients.is_learnable and coefficients.is_stream_learnable
+        self.alpha = nn.Parameter(torch.ones(1)) if has_alpha else None
+        self.beta = nn.Parameter(torch.ones(1)) if coefficients.is_learnable else None
+        self.scale = coefficients.scale
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); further arguments go to the branch."""
-        y = self.drop_path(self.scaled_branch(x, *args))
-        return x + y if self.alpha is None else weighted_sum(x, self.alpha, y)
+        y, alpha = self.change(x, *args), self.stream_factor()
+        return x + y if alpha is None else weighted_sum(x, alpha, y)
+
+    def change(self, x: Tensor, *args: Any) -> Tensor:
+        """What is added to the stream: the branch with its coefficient, dropped for some samples in training."""
+        return cast(Tensor, self.drop_path(self.scaled_branch(x, *args)))
 
     def scaled_branch(self, x: Tensor, *args: Any) -> Tensor:
-        """beta f(norm(x)). A subclass that knows f multiplies its last weights instead, which are fewer."""
-        y = self.branch(self.norm(x), *args)
-        return y if self.beta is None else self.beta * y
+        """s beta f(norm(x)). A subclass that knows f multiplies its last weights instead, which are fewer."""
+        y, beta = self.branch(self.norm(x), *args), self.branch_factor()
+        return y if beta is None else beta * y
+
+    def stream_factor(self) -> Tensor | None:
+        """1 + s (alpha - 1), of shape (1,); None for 1."""
+        if self.alpha is None or self.scale == 1:
+            return self.alpha
+        return 1 + self.scale * (self.alpha - 1)
+
+    def branch_factor(self) -> Tensor | float | None:
+        """s beta, of shape (1,), or s alone; None for 1."""
+        if self.scale == 1:
+            return self.beta
+        return self.scale if self.beta is None else self.scale * self.beta
 
     def first_layer(self) -> nn.Module | None:
         """The linear layer that f begins with, if a subclass knows it."""
@@ -56,12 +98,15 @@ class LearnableResidual(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Makes beta a part of the branch's last layer, if that is known."""
-        last = self.last_layer()
-        if self.beta is not None and last is not None and is_plain(last):
-            for parameter in last.parameters():
-                parameter.mul_(self.beta)
-            self.beta = None
+        """Makes the branch's coefficient a part of its last layer, if that is known, and s a part of alpha."""
+        last, alpha, beta = self.last_layer(), self.stream_factor(), self.branch_factor()
+        if beta is None or last is None or not is_plain(last):
+            return
+        for parameter in last.parameters():
+            parameter.mul_(beta)
+        if self.alpha is not None and alpha is not None:
+            self.alpha.copy_(alpha)
+        self.beta, self.scale = None, 1.0
 
 
 def weighted_sum(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:

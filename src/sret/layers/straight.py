@@ -65,8 +65,8 @@ class _Line:
         modules = [*block.modules(), *projection.modules()]
         tables = [table for module in modules for table in (module._modules, module._parameters)]
         self._parts = [(table, name, part) for table in tables for name, part in table.items()]
-        # An epsilon is no part of a module, but of its answer.
-        self._parts += [(m.__dict__, "eps", m.__dict__["eps"]) for m in modules if "eps" in m.__dict__]
+        # These numbers are no parts of a module, but of its answer.
+        self._parts += [(m.__dict__, k, m.__dict__[k]) for m in modules for k in ("eps", "scale") if k in m.__dict__]
         self._lengths = [(values, len(values)) for values in (*tables, *(module.__dict__ for module in modules))]
         self._states = [(module.__dict__, _state(module.__dict__)) for module in modules]
         steps = [step for residual in residuals if (step := _step(residual)) is not None]
@@ -99,12 +99,13 @@ def _step(residual: nn.Module) -> Step | None:
         return None
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    shape, eps, alpha, beta = norm.normalized_shape, norm.eps, residual.alpha, residual.beta
+    shape, eps = norm.normalized_shape, norm.eps
     norm_weight, norm_bias = norm.weight, norm.bias
     w1, b1, w2, b2 = first.weight, first.bias, last.weight, last.bias
 
     def end(x: Tensor, y: Tensor, linear: Product) -> Tensor:
         """alpha x + beta (W_o y + b_o), multiplying with beta what are fewer numbers."""
+        alpha, beta = residual.stream_factor(), residual.branch_factor()
         if beta is None:
             y = linear(y, w2, b2)
         elif y.numel() < w2.numel():
