@@ -5,6 +5,7 @@ softmax, biases and additions are not, which is how the published figures are co
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sret.config import ModelConfig, StageConfig
 from sret.layers.attention import slice_lengths
@@ -22,12 +23,18 @@ class PassCost:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: tokens, parameters, multiply-adds (pool included) and the cost of each pass."""
+    """One stage: tokens, parameters of its parts, multiply-adds (pool included) and the cost of each pass."""
 
     grid: tuple[int, int]
-    parameters: int
+    pool_parameters: int
+    block_parameters: int
+    projection_parameters: int
     macs: int
     passes: tuple[PassCost, ...]
+
+    @property
+    def parameters(self) -> int:
+        return self.pool_parameters + self.block_parameters + self.projection_parameters
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,24 @@ class ModelCost:
     """A whole model for one image."""
 
     stages: tuple[StageCost, ...]
-    parameters: int
+    stem_parameters: int
+    position_parameters: int
+    head_parameters: int  # and those of the norm before it
     macs: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parameters_by_part().values())
+
+    def parameters_by_part(self) -> dict[str, int]:
+        return {
+            "stem": self.stem_parameters,
+            "position embedding": self.position_parameters,
+            "blocks": sum(stage.block_parameters for stage in self.stages),
+            "projections": sum(stage.projection_parameters for stage in self.stages),
+            "pools": sum(stage.pool_parameters for stage in self.stages),
+            "head": self.head_parameters,
+        }
 
     @property
     def flops(self) -> int:
@@ -64,11 +87,11 @@ def model_cost(config: ModelConfig, img_size: tuple[int, int] | None = None) -> 
         for stage, grid, in_dim in zip(config.stages, grids, dims[:-1], strict=True)
     )
     dim = config.stages[-1].embed_dim
-    position = config.stages[0].embed_dim * _area(config.grids()[0])
-    head_parameters = 2 * dim + (dim + 1) * config.num_classes
     return ModelCost(
         stages=stages,
-        parameters=stem_parameters + position + sum(stage.parameters for stage in stages) + head_parameters,
+        stem_parameters=stem_parameters,
+        position_parameters=config.stages[0].embed_dim * _area(config.grids()[0]),
+        head_parameters=2 * dim + (dim + 1) * config.num_classes,
         macs=stem_macs + sum(stage.macs for stage in stages) + dim * config.num_classes,
     )
 
@@ -99,22 +122,21 @@ def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, coeffi
 
     attention = 4 * C * C + 4 * C + 2 * C + coefficients
     projection = mlp(projection_hidden) if projection_hidden else 0
-    passes = tuple(
-        PassCost(
-            num_groups=num_groups,
-            slice_length=slice_lengths(N, num_groups)[0][1],
-            macs=stage.num_blocks
-            * (
-                N * C * (4 * C + 2 * hidden + 2 * projection_hidden)
-                + 2 * C * sum(slices * length**2 for slices, length in slice_lengths(N, num_groups))
-            ),
-        )
-        for num_groups in stage.groups
-    )
+
+    @lru_cache  # most of a thousand passes are alike
+    def one_pass(num_groups: int) -> PassCost:
+        lengths = slice_lengths(N, num_groups)
+        linear = N * C * (4 * C + 2 * hidden + 2 * projection_hidden)
+        attended = 2 * C * sum(slices * length**2 for slices, length in lengths)
+        return PassCost(num_groups, lengths[0][1], stage.num_blocks * (linear + attended))
+
+    passes = tuple(one_pass(num_groups) for num_groups in stage.groups)
     pool_parameters, pool_macs = (10 * C, 9 * C * N) if in_dim else (0, 0)
     return StageCost(
         grid=grid,
-        parameters=stage.num_blocks * (attention + mlp(hidden) + stage.num_passes * projection) + pool_parameters,
+        pool_parameters=pool_parameters,
+        block_parameters=stage.num_blocks * (attention + mlp(hidden)),
+        projection_parameters=stage.num_blocks * stage.num_passes * projection,
         macs=sum(cost.macs for cost in passes) + pool_macs,
         passes=passes,
     )

@@ -1,5 +1,6 @@
 """Tables of what models cost: the published ones side by side, or one stage by stage and pass by pass."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -84,7 +85,9 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
         justify="right",
     )
     for i, (stage, stage_cost) in enumerate(zip(config.stages, cost.stages, strict=True)):
-        for j, pass_cost in enumerate(stage_cost.passes):
+        last = 0
+        for pass_cost, alike in groupby(stage_cost.passes):
+            first, last = last + 1, last + len(list(alike))
             rows, columns = stage_cost.grid
             whole = (
                 str(i + 1),
@@ -95,14 +98,16 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
                 f"{stage_cost.parameters:,}",
             )
             table.add_row(
-                *(whole if j == 0 else [""] * len(whole)),
-                str(j + 1),
+                *(whole if first == 1 else [""] * len(whole)),
+                str(first) if first == last else f"{first}-{last}",
                 str(pass_cost.num_groups),
                 str(pass_cost.slice_length),
                 f"{pass_cost.macs / 1e6:.0f} M",
-                end_section=j == stage.num_passes - 1,
+                end_section=last == stage.num_passes,
             )
     console.print(table)
+    parts = (f"{part} {n:,} ({n / cost.parameters:.0%})" for part, n in cost.parameters_by_part().items())
+    console.print(f"Parameters: {', '.join(parts)}", soft_wrap=True)
     for tag, release in RELEASES.items():
         if tag == name or tag.startswith(f"{name}."):
             console.print(f"{tag}: {release.top1:.1f} % top-1 on ImageNet-1K as published ({release.official})")

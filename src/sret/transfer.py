@@ -1,0 +1,133 @@
+"""Weights of one model into another of more or fewer passes.
+
+A block applied R times is taken for a path that R steps divide. In R' passes the same path is walked in other steps:
+
+- Blocks are taken as they are: their weights do not know how often they are applied.
+- Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
+- Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
+  the power of R / R'.
+- Projections of another width than the source's start afresh and silent, with beta = 0.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sret.checkpoint import METADATA_KEY, read_card
+from sret.config import ModelConfig, StageConfig
+from sret.errors import InputError
+from sret.model import SReT
+from sret.reading import StateDict, read_safetensors
+from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
+from sret.variants import config_of
+
+_KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
+
+
+def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
+    """Our state dict of a file of ours or of the authors', and the configuration of its model.
+
+    `config`, of the model that shall have them, decides where the file does not say: slices leave no trace in weights.
+    Raises `InputError` if the file cannot be read safely, or is of no model.
+    """
+    if Path(path).suffix == ".safetensors":
+        state_dict, metadata = read_safetensors(path)
+        if METADATA_KEY not in metadata:
+            return state_dict, config
+        card = read_card(path, metadata[METADATA_KEY])
+        if card.is_fused:
+            raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
+        return state_dict, card.config
+    official, trained_as = read_official(path)
+    if not has_shapes_of(config, official):
+        config = config_of(identify(official, f"{trained_as or ''} {Path(path).name}"))
+    source = fitted(config, official)
+    return from_official(official, source), source
+
+
+@torch.no_grad()
+def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig) -> list[str]:
+    """Our state dict, of a model `source`, into a model with other passes, classes, channels or pictures.
+
+    Returns what was reused, and how, a phrase for each part. Raises `InputError` if anything else differs.
+    """
+    target, expected = model.config, model.state_dict()
+    if source.reversible != target.reversible:
+        kinds = {True: "two streams", False: "one stream"}
+        raise InputError(
+            f"the weights are of a model of {kinds[source.reversible]}, and this one has {kinds[target.reversible]}: "
+            f"another function; set reversible to {str(source.reversible).lower()}"
+        )
+    if len(source.stages) != len(target.stages):
+        raise InputError(f"the weights are of {len(source.stages)} stages, and this model has {len(target.stages)}")
+    adapted = {key: value for key, value in state_dict.items() if not _KEY.fullmatch(key)}
+    silent = set()
+    for key, fresh in expected.items():
+        if not (match := _KEY.fullmatch(key)):
+            continue
+        i, name = int(match[1]), match[4]
+        before, after = source.stages[i], target.stages[i]
+        taken = key
+        if match[3] is not None:
+            number = (2 * int(match[3]) + 1) * before.num_passes // (2 * after.num_passes)
+            taken = key.replace(f".projections.{match[3]}.", f".projections.{number}.")
+            if not _is_alike(before, after):
+                silent.add(i)
+                adapted[key] = torch.zeros_like(fresh) if name == "beta" else fresh
+                continue
+        if taken not in state_dict:
+            continue  # the check of keys will say so
+        value = state_dict[taken]
+        adapted[key] = _step(name, value, _scale(source, before), _scale(target, after), before, after)
+    load_pretrained(model, adapted)
+    return _report(source, target, silent)
+
+
+def _is_alike(before: StageConfig, after: StageConfig) -> bool:
+    """Whether projections have equal widths."""
+    if before.projection_ratio is None or after.projection_ratio is None:
+        return False
+    return int(before.embed_dim * before.projection_ratio) == int(after.embed_dim * after.projection_ratio)
+
+
+def _scale(config: ModelConfig, stage: StageConfig) -> float:
+    return config.residual_factor(stage)
+
+
+def _step(name: str, value: Tensor, s: float, s_new: float, before: StageConfig, after: StageConfig) -> Tensor:
+    """A weight for a step of another length."""
+    share = before.num_passes / after.num_passes
+    if name == "beta":
+        return value * (s * share / s_new)
+    if name == "alpha":
+        return 1 + ((1 + s * (value - 1)).sign() * (1 + s * (value - 1)).abs() ** share - 1) / s_new
+    return value
+
+
+def _report(source: ModelConfig, target: ModelConfig, silent: set[int]) -> list[str]:
+    lines = []
+    for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
+        passes = f"stage {i + 1}: {after.num_blocks} block(s) reused"
+        if before.num_passes != after.num_passes:
+            passes += f", {before.num_passes} passes now {after.num_passes} of {before.num_passes / after.num_passes:.3g}"
+        if after.projection_ratio is None:
+            passes += "; no projections"
+        elif i in silent:
+            passes += f"; {after.num_blocks * after.num_passes} projections of another width afresh, silent at first"
+        else:
+            used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
+            passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
+            passes += f"{before.num_blocks * before.num_passes}"
+        lines.append(passes)
+    if source.num_classes != target.num_classes:
+        lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")
+    if source.grids()[0] != target.grids()[0]:
+        (h, w), (height, width) = source.grids()[0], target.grids()[0]
+        lines.append(f"position embedding resized from {h}x{w} tokens to {height}x{width}")
+    if source.in_chans != target.in_chans:
+        lines.append(f"first convolution adapted from {source.in_chans} channels to {target.in_chans}")
+    return lines
