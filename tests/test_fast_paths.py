@@ -21,7 +21,7 @@ from sret.layers import AttentionResidual, Block, NonLinearProjection, Permuter,
 from sret.layers.dot_product import attend, formula
 from sret.layers.straight import StraightPasses
 from sret.preprocess import Preprocessing
-from sret.variants import CONFIGS
+from sret.variants import PUBLISHED
 
 
 def lively(model: SReT) -> SReT:
@@ -102,7 +102,7 @@ def _kernels(request, monkeypatch):
 @pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("size", [(64, 64), (104, 88)])
 @pytest.mark.parametrize("permutation", ["random", "strided"])
-@pytest.mark.parametrize("variant", [name for name in CONFIGS if not name.endswith(("384", "512"))])
+@pytest.mark.parametrize("variant", [name for name in PUBLISHED if not name.endswith(("384", "512"))])
 def test_published_models_in_float32(variant, permutation, size):
     model = lively(timm.create_model(variant, num_classes=10, permutation=permutation))
     x = torch.randn(2, 3, *size)

@@ -35,7 +35,7 @@ def test_compiled_passes_train_as_plain_ones(tmp_path: Path, launch):
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("launch", [Launch(), Launch(grad_checkpointing=True, accumulation=2, num_workers=2)])
+@pytest.mark.parametrize("launch", [Launch(), Launch(accumulation=2, num_workers=2)])
 def test_every_precision_trains_and_resumes(tmp_path: Path, mixed_precision, launch):
     recipe = replace(RECIPE, epochs=6, mixed_precision=mixed_precision, mixup=0.2, cutmix=1.0, ema_decay=0.9)
     train(recipe, tmp_path, max_steps=9, launch=launch)

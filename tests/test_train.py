@@ -487,7 +487,7 @@ def test_accumulation_computes_the_same_step(tmp_path):
 
 
 def test_recomputing_activations_changes_nothing(whole, tmp_path):
-    train(RECIPE, tmp_path / "run", launch=Launch(grad_checkpointing=True))
+    train(replace(RECIPE, model=replace(MODEL, memory="nested")), tmp_path / "run")
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
 
@@ -506,8 +506,8 @@ def test_trackers_receive_the_metrics(tmp_path):
         train(RECIPE, tmp_path / "no", launch=Launch(trackers=("tensorboard", "wandb")))
 
 
-@pytest.mark.parametrize("launch", [Launch(compile=True), Launch(compile=True, grad_checkpointing=True)])
-def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch, launch):
+@pytest.mark.parametrize("memory", ["none", "nested"])
+def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch, memory):
     compiled, compiler = [], torch.compile
 
     def trace(function, **options):  # and run the graphs as they are: generating code takes a minute
@@ -518,7 +518,8 @@ def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch,
     recipe = replace(RECIPE, optimizer="sgd", learning_rate=1e-2)
     train(recipe, tmp_path / "plain", max_steps=3)
     assert not compiled
-    train(recipe, tmp_path / "compiled", max_steps=3, launch=launch)
+    recipe = replace(recipe, model=replace(MODEL, memory=memory))
+    train(recipe, tmp_path / "compiled", max_steps=3, launch=Launch(compile=True))
     assert compiled == ["one_pass"] * 2  # a recursion each
     plain, other = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
     for name, tensor in plain.items():

@@ -38,11 +38,12 @@ RECIPE = TrainConfig(
     augmentation=Augmentation(geometry="affine", flip=False),
 )
 ADAM = replace(RECIPE, optimizer="adamw", learning_rate=1e-3, layer_decay=0.8, freeze=("stem",))
+POLICIES = ("pass", "nested", "reversible", "truncated:2")
 LAYOUTS = {
     "ddp": Launch(),
-    "ddp_recomputed": Launch(grad_checkpointing=True),
     "sharded": Launch(shard=True),
-    "sharded_recomputed": Launch(shard=True, grad_checkpointing=True),
+    **{f"ddp_{policy}": Launch() for policy in POLICIES},
+    **{f"sharded_{policy}": Launch(shard=True) for policy in POLICIES},
     "sharded_accumulated": Launch(shard=True, accumulation=2),
     "ddp_accumulated": Launch(accumulation=2),
     "ddp_bf16": Launch(),
@@ -52,6 +53,9 @@ LAYOUTS = {
 
 def recipe_of(name: str) -> TrainConfig:
     """The parts of an accumulated step have BatchNorm statistics of their own, unless the stem is frozen."""
+    policy = name.partition("_")[2]
+    if policy in POLICIES:
+        return replace(RECIPE, model=replace(MODEL, memory=policy, reversible=policy == "reversible"))
     if name.endswith("bf16"):
         return replace(RECIPE, mixed_precision="bf16")
     return replace(RECIPE, freeze=("stem",)) if name.endswith("accumulated") else RECIPE

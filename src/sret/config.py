@@ -160,6 +160,10 @@ class ModelConfig:
         """Layers executed per image."""
         return sum(stage.depth for stage in self.stages)
 
+    def residual_factor(self, stage: StageConfig) -> float:
+        """What a pass's change of the stream is multiplied by, in one of the stages."""
+        return {"one": 1.0, "sqrt": stage.num_passes**-0.5, "passes": 1 / stage.num_passes}[self.residual_scale]
+
     def grids(self, img_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:
         """(height, width) in tokens of every stage, at `img_size` pixels or the configured size."""
         height, width = img_size or self.input_size

@@ -44,7 +44,9 @@ def deep_config(
     Raises `InputError` naming the nearest that can be, if there is no such model.
     """
     if layers < FEWEST_LAYERS:
-        raise InputError(f"layers is {layers}; each of the {FEWEST_LAYERS} blocks has one pass at least: try {FEWEST_LAYERS}")
+        raise InputError(
+            f"layers is {layers}; each of the {FEWEST_LAYERS} blocks has one pass at least: try {FEWEST_LAYERS}"
+        )
 
     def config(dim: int, ratio: float, layers: int = layers) -> ModelConfig:
         stages = tuple(
@@ -71,11 +73,14 @@ def deep_config(
     def parameters(dim: int, ratio: float) -> int:
         return model_cost(config(dim, ratio)).parameters
 
+    def slimmest(num_layers: int) -> ModelConfig:
+        return config(dim, LEAST_RATIO, num_layers)
+
     dim = embed_dim or HEAD_DIM
     if parameters(dim, LEAST_RATIO) > max_parameters:
         raise InputError(
             f"{layers} layers of {dim} channels and more have {parameters(dim, LEAST_RATIO):,} parameters or more, and "
-            f"max_parameters is {max_parameters:,}; {_nearest(layers, max_parameters, lambda n: config(dim, LEAST_RATIO, n))}"
+            f"max_parameters is {max_parameters:,}; {_nearest(layers, max_parameters, slimmest)}"
         )
     while embed_dim is None and parameters(dim + HEAD_DIM, LEAST_RATIO) <= max_parameters:
         dim += HEAD_DIM
@@ -105,4 +110,3 @@ def passes_of(layers: int) -> tuple[int, int, int]:
     second = max(1, round(layers / 8))
     third = (layers - first) // 2 - second
     return (first, second, third)
-

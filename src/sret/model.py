@@ -36,11 +36,10 @@ class Stage(nn.Module):
     def __init__(self, config: StageConfig, model: ModelConfig, in_dim: int | None, drop_path_rates: Sequence[float]):
         super().__init__()
         dim = config.embed_dim
-        divisor = {"one": 1.0, "sqrt": config.num_passes**0.5, "passes": float(config.num_passes)}
         coefficients = Coefficients(
             model.learnable_residual,
             is_stream_learnable=not model.reversible,
-            scale=1 / divisor[model.residual_scale],
+            scale=model.residual_factor(config),
         )
 
         def projection() -> nn.Module:

@@ -1,8 +1,8 @@
 """One model on several processes: they start, share gradients and BatchNorm, save whole states, and fail together.
 
 Copies of the model are kept equal by torch's DDP. Sharding is torch's `fully_shard` (FSDP2), applied here: a recursion
-is a unit, whose weights are gathered once for all of its passes, and its gradient is reduced once. (accelerate 1.15 takes DDP in silence where FSDP is asked for on CPU, so that its sharding
-could not be tested there.)
+is a unit, whose weights are gathered once for all of its passes, and its gradient is reduced once. (accelerate 1.15
+takes DDP in silence where FSDP is asked for on CPU, so that its sharding could not be tested there.)
 """
 
 import os

@@ -34,9 +34,9 @@ def _default_cfg(name: str, release: Release | None = None) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {name: _default_cfg(name, release) for name, release in RELEASES.items()} | {name: _default_cfg(name) for name in DEEP}
-)
+_cfgs: dict[str, Any] = {name: _default_cfg(name, release) for name, release in RELEASES.items()}
+_cfgs |= {name: _default_cfg(name) for name in DEEP}
+default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -35,7 +35,7 @@ from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
 from sret.sources import load_data
 from sret.stopping import StopRequest, leave_process_group, obey
-from sret.weights import load_pretrained, read
+from sret.transfer import read_source, transfer
 
 MOST_LEFT_OUT = 0.2  # of the pictures, by the last batch of an epoch, before a warning
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
@@ -106,7 +106,8 @@ def train(
     torch.manual_seed(config.seed)
     model = SReT(model_config)
     if config.init is not None:
-        load_pretrained(model, read(config.init, model_config))
+        for line in transfer(model, *read_source(config.init, model_config)):
+            console.print(f"Init    {line}", soft_wrap=True)
     model.to(accelerator.device)
     if num_ranks > 1:
         parallel.synchronize_batch_norm(model)

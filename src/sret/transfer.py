@@ -22,8 +22,8 @@ from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError
 from sret.model import SReT
 from sret.reading import StateDict, read_safetensors
-from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
 from sret.variants import config_of
+from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 
@@ -82,7 +82,8 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         if taken not in state_dict:
             continue  # the check of keys will say so
         value = state_dict[taken]
-        adapted[key] = _step(name, value, _scale(source, before), _scale(target, after), before, after)
+        factors = source.residual_factor(before), target.residual_factor(after)
+        adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
     load_pretrained(model, adapted)
     return _report(source, target, silent)
 
@@ -94,17 +95,13 @@ def _is_alike(before: StageConfig, after: StageConfig) -> bool:
     return int(before.embed_dim * before.projection_ratio) == int(after.embed_dim * after.projection_ratio)
 
 
-def _scale(config: ModelConfig, stage: StageConfig) -> float:
-    return config.residual_factor(stage)
-
-
-def _step(name: str, value: Tensor, s: float, s_new: float, before: StageConfig, after: StageConfig) -> Tensor:
-    """A weight for a step of another length."""
-    share = before.num_passes / after.num_passes
+def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
+    """A weight for steps of `share` times the length; what is no coefficient stays."""
     if name == "beta":
-        return value * (s * share / s_new)
+        return value * (share * s / s_new)
     if name == "alpha":
-        return 1 + ((1 + s * (value - 1)).sign() * (1 + s * (value - 1)).abs() ** share - 1) / s_new
+        factor = 1 + s * (value - 1)
+        return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
     return value
 
 
@@ -113,7 +110,9 @@ def _report(source: ModelConfig, target: ModelConfig, silent: set[int]) -> list[
     for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
         passes = f"stage {i + 1}: {after.num_blocks} block(s) reused"
         if before.num_passes != after.num_passes:
-            passes += f", {before.num_passes} passes now {after.num_passes} of {before.num_passes / after.num_passes:.3g}"
+            passes += (
+                f", {before.num_passes} passes now {after.num_passes} of {before.num_passes / after.num_passes:.3g}"
+            )
         if after.projection_ratio is None:
             passes += "; no projections"
         elif i in silent:

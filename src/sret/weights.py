@@ -152,6 +152,12 @@ def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
+def has_shapes_of(config: ModelConfig, official: Mapping[str, Tensor]) -> bool:
+    """Whether the authors' state dict is one of `config`, with any classes, channels and size of pictures."""
+    found = {key: tensor.shape for key, tensor in official.items()}
+    return not _differences(found, _shapes(fitted(config, official)))
+
+
 def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
     """The authors' state dict in a file, and the name of the model it was trained as if the file holds that.
 

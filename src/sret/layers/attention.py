@@ -19,7 +19,7 @@ from sret.layers.context import is_listened_to
 from sret.layers.dot_product import attend
 from sret.layers.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
 from sret.layers.permute import Permutation, StridedPermutation
-from sret.layers.residual import Coefficients, LearnableResidual
+from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
 
 
 def slice_lengths(num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
@@ -88,13 +88,13 @@ class AttentionResidual(LearnableResidual):
     branch: SlicedAttention
 
     def __init__(
-        self, dim: int, num_heads: int, drop_prob: float = 0.0, coefficients: Coefficients = Coefficients()
+        self, dim: int, num_heads: int, drop_prob: float = 0.0, coefficients: Coefficients = AS_PUBLISHED
     ) -> None:
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(SlicedAttention(dim, num_heads), norm, drop_prob, coefficients)
 
     def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
-        """s beta SlicedAttention(LN(x)), by scaling the output projection's weights; a strided permutation is a view."""
+        """s beta SlicedAttention(LN(x)), by scaling the last weights; a strided permutation is a view."""
         attn = self.branch
         if not self.is_known():
             return super().scaled_branch(x, num_groups, permutation)

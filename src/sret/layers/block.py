@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sret.layers.attention import AttentionResidual
 from sret.layers.mlp import MlpResidual
 from sret.layers.permute import Permutation
-from sret.layers.residual import Coefficients
+from sret.layers.residual import AS_PUBLISHED, Coefficients
 
 
 class Block(nn.Module):
@@ -23,7 +23,7 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         drop_prob: float = 0.0,
-        coefficients: Coefficients = Coefficients(),
+        coefficients: Coefficients = AS_PUBLISHED,
     ) -> None:
         super().__init__()
         self.attn = AttentionResidual(dim, num_heads, drop_prob, coefficients)

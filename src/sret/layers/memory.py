@@ -33,8 +33,8 @@ from sret.layers.context import autocast_dtype
 MemoryKind = Literal["none", "pass", "nested", "reversible", "truncated"]
 EXACT: tuple[str, ...] = ("none", "pass", "nested", "reversible")
 
-# How often `nested` computes a pass again at most, if no budget says otherwise: about 1.25 times the time of `pass`, and
-# the square root of twice the number of passes kept.
+# How often `nested` runs a pass at most before the run that gradients go through, if no budget says otherwise: about
+# 1.25 times the time of `pass`, and the square root of twice the number of passes kept.
 REPEATS = 2
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -125,7 +125,9 @@ def split(num_steps: int, slots: int) -> int:
         repeats += 1
     # The second part has one slot less and as many repeats; the first as many slots and one repeat less.
     first = comb(slots + repeats - 1, repeats - 1)
-    return max(1, min(first, num_steps - 1, max(num_steps - comb(slots + repeats - 1, repeats), _least(slots, repeats))))
+    return max(
+        1, min(first, num_steps - 1, max(num_steps - comb(slots + repeats - 1, repeats), _least(slots, repeats)))
+    )
 
 
 def _least(slots: int, repeats: int) -> int:
@@ -284,7 +286,8 @@ class _Recomputed(torch.autograd.Function):
             dice.restore()
             return replay.step(start, x, grad, is_wanted=start > 0 or ctx.needs_input_grad[2])[1]
 
-        end, gradient = len(replay.chain), grad
+        end = len(replay.chain)
+        gradient: Tensor | None = grad
         with replay.started(grad):
             while ctx.kept and gradient is not None:
                 start, x, dice = ctx.kept.pop()
@@ -306,17 +309,19 @@ def without_gradient(chain: Chain, num_steps: int, x: Tensor) -> Tensor:
         y = x
         for i in range(num_steps):
             y = chain.step(i, y)
-    return cast(Tensor, _Added.apply(x, y, *chain.trained(slice(num_steps))))
+    later = set(chain.trained(slice(num_steps, None)))
+    unused = [weight for weight in chain.trained(slice(num_steps)) if weight not in later]
+    return cast(Tensor, _Added.apply(x, y, *unused))
 
 
 class _Added(torch.autograd.Function):
-    """y in the place of x; the weights are inputs too, so that DDP hears that they have no gradient."""
+    """y in the place of x. The unused weights have a gradient, zero: one process and several treat them alike."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
-        ctx.num_weights = len(weights)
+    def forward(ctx: Any, x: Tensor, y: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * (1 + ctx.num_weights)
+        return grad, None, *map(torch.zeros_like, ctx.saved_tensors)

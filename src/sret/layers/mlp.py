@@ -17,7 +17,7 @@ from sret.layers.linear import (
     norm_linear,
     scaled,
 )
-from sret.layers.residual import Coefficients, LearnableResidual
+from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
 
 
 class Mlp(nn.Module):
@@ -38,7 +38,7 @@ class MlpResidual(LearnableResidual):
     branch: Mlp
 
     def __init__(
-        self, dim: int, ratio: float, drop_prob: float = 0.0, coefficients: Coefficients = Coefficients()
+        self, dim: int, ratio: float, drop_prob: float = 0.0, coefficients: Coefficients = AS_PUBLISHED
     ) -> None:
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, coefficients)

@@ -7,11 +7,11 @@ Every pass has its own; nothing of it is shared.
 """
 
 from sret.layers.mlp import MlpResidual
-from sret.layers.residual import Coefficients
+from sret.layers.residual import AS_PUBLISHED, Coefficients
 
 
 class NonLinearProjection(MlpResidual):
     """(B, N, C) -> (B, N, C), with int(C x ratio) hidden channels and an exact GELU."""
 
-    def __init__(self, dim: int, ratio: float = 1.0, coefficients: Coefficients = Coefficients()) -> None:
+    def __init__(self, dim: int, ratio: float = 1.0, coefficients: Coefficients = AS_PUBLISHED) -> None:
         super().__init__(dim, ratio, coefficients=coefficients)

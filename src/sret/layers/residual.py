@@ -35,6 +35,9 @@ class Coefficients:
     scale: float = 1.0
 
 
+AS_PUBLISHED = Coefficients()
+
+
 class LearnableResidual(nn.Module):
     """A pre-norm residual branch with two scalar coefficients.
 
@@ -50,7 +53,7 @@ class LearnableResidual(nn.Module):
         branch: nn.Module,
         norm: nn.Module | None = None,
         drop_prob: float = 0.0,
-        coefficients: Coefficients = Coefficients(),
+        coefficients: Coefficients = AS_PUBLISHED,
     ) -> None:
         super().__init__()
         self.norm = norm or nn.Identity()
