@@ -19,7 +19,7 @@ from sret.model import Stage
 
 
 class Naive(nn.Module):
-    """The same function as `model`, whose weights it shares; any mode, any size, any number of passes."""
+    """The same function as `model`, whose weights it shares; any mode, size and number of passes, of one stream."""
 
     def __init__(self, model: SReT) -> None:
         super().__init__()
@@ -90,6 +90,8 @@ def _mlp(residual: LearnableResidual, x: Tensor) -> Tensor:
 
 
 def _residual(residual: LearnableResidual, x: Tensor, y: Tensor) -> Tensor:
-    if residual.alpha is None or residual.beta is None:
-        return x + residual.drop_path(y)
-    return residual.alpha * x + residual.beta * residual.drop_path(y)
+    s, alpha = residual.scale, 1.0 if residual.alpha is None else residual.alpha
+    beta = 1.0 if residual.beta is None else residual.beta
+    if s == 1:
+        return alpha * x + beta * residual.drop_path(y)
+    return (1 + s * (alpha - 1)) * x + s * beta * residual.drop_path(y)

@@ -117,3 +117,20 @@ def official_forward(
         x = x.transpose(1, 2).unflatten(2, (H, W))
     assert not queue
     return linear(norm(x.mean((2, 3)), "norm"), "head")
+
+
+def two_streams(recursion: Recursion, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
+    """The reversible recursion written out: changes in the order of passes, to either stream by turns."""
+    changes = []
+    for i, permutation in enumerate(permutations):
+        attn, mlp, projection = recursion.block.attn, recursion.block.mlp, recursion.projections[i]
+        changes.append(
+            lambda t, r=attn, g=recursion.groups[i], p=permutation: r.scale * r.beta * r.branch(r.norm(t), g, p)
+        )
+        for residual in (mlp, projection):
+            if not isinstance(residual, nn.Identity):
+                changes.append(lambda t, r=residual: r.scale * r.beta * r.branch(r.norm(t)))
+    first, second = x, x
+    for change in changes:
+        first, second = second, first + change(second)
+    return (first + second) / 2

@@ -7,6 +7,7 @@ from sret import layers, registry, weights
 from sret.checkpoint import load
 from sret.config import ModelConfig, StageConfig
 from sret.cost import model_cost
+from sret.deep import deep_config
 from sret.errors import InputError
 from sret.fuse import fuse
 from sret.model import SReT
@@ -19,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "SReT",
     "StageConfig",
+    "deep_config",
     "fuse",
     "layers",
     "load",

@@ -40,12 +40,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "num_blocks"):
-            _check_integer(name, getattr(self, name), at_least=1)
+            check_integer(name, getattr(self, name), at_least=1)
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
         object.__setattr__(self, "groups", tuple(self.groups))
         for num_groups in self.groups:
-            _check_integer(f"a pass of groups {self.groups}", num_groups, at_least=1)
+            check_integer(f"a pass of groups {self.groups}", num_groups, at_least=1)
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "
@@ -122,8 +122,8 @@ class ModelConfig:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages or not all(isinstance(stage, StageConfig) for stage in self.stages):
             raise InputError(f"stages is {self.stages!r}; give at least one StageConfig")
-        _check_integer("in_chans", self.in_chans, at_least=1)
-        _check_integer("num_classes", self.num_classes, at_least=0)
+        check_integer("in_chans", self.in_chans, at_least=1)
+        check_integer("num_classes", self.num_classes, at_least=0)
         if self.stem_stride not in STEM_STRIDES:
             raise InputError(f"stem_stride {self.stem_stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
         if self.stages[0].embed_dim < 2:
@@ -210,7 +210,8 @@ def check_memory(policy: str, is_reversible: bool) -> None:
         raise InputError(f"memory {policy!r} is for models of one stream; a reversible one has 'reversible' or 'none'")
 
 
-def _check_integer(name: str, value: object, at_least: int) -> None:
+def check_integer(name: str, value: object, at_least: int) -> None:
+    """Raises `InputError` naming the value if it is no such number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise InputError(f"{name} is {value!r}; it must be a whole number of at least {at_least}")
 

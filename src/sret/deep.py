@@ -8,7 +8,7 @@ memory. Nothing is sliced: attention over so few tokens is a small part.
 
 from collections.abc import Callable
 
-from sret.config import ModelConfig, StageConfig
+from sret.config import ModelConfig, StageConfig, check_integer
 from sret.cost import model_cost
 from sret.errors import InputError
 
@@ -43,6 +43,9 @@ def deep_config(
 
     Raises `InputError` naming the nearest that can be, if there is no such model.
     """
+    check_integer("layers", layers, at_least=0)
+    if embed_dim is not None:
+        check_integer("embed_dim", embed_dim, at_least=2)
     if layers < FEWEST_LAYERS:
         raise InputError(
             f"layers is {layers}; each of the {FEWEST_LAYERS} blocks has one pass at least: try {FEWEST_LAYERS}"

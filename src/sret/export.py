@@ -41,6 +41,8 @@ FIRST_BATCHES = (1, 3)  # a graph in which the batch size became fixed fails at 
 RANDOM_PICTURES = 16  # to compare on without data
 MOST_BYTES = 2**31 - 2**24  # of weights, in an ONNX file; the rest is for the graph
 NO_LIMIT = 2**62  # bytes
+# What our graphs have a use for of onnxscript's rules; its first versions lack the last.
+REWRITES = ("mul_by_1_rule", "squeeze_reshape_1d_rule", "materialize_reshape_shape_rule")
 
 Batch = tuple[Tensor, Sequence[int] | None]  # (B, C, H, W) and labels
 
@@ -200,8 +202,7 @@ def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Compar
 def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
     """The fused model as an `onnx.ModelProto`: "images" (batch, C, *img_size) -> "logits" (batch, num_classes)."""
     import onnx_ir
-    import onnxscript.optimizer
-    from onnx_ir.passes import common
+    import onnxscript.optimizer  # noqa: F401 (if it is missing, that is said here, before torch says it in its words)
 
     fused = fuse(model)
     images = torch.zeros(2, fused.in_chans, *img_size)
@@ -219,10 +220,33 @@ def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
         )
     assert onnx_program is not None
     graph = onnx_program.model
-    common.CommonSubexpressionEliminationPass()(graph)  # before weights are transposed, once for each pass
-    onnxscript.optimizer.optimize(graph, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
-    common.ClearMetadataAndDocStringPass()(graph)
+    _simplify(graph)
     return onnx_ir.to_proto(graph)
+
+
+def _simplify(graph: Any) -> None:
+    """What depends on weights alone is computed, once for all passes, in a time that grows with their number.
+
+    That of `onnxscript.optimizer.optimize`, which does the same, grows with its square: one of its rules, for slices
+    that make up a split, compares all pairs of nodes.
+    """
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    known = [getattr(rules, name) for name in REWRITES if hasattr(rules, name)]
+    rewrite = rewriter.RewritePass(rewriter.RewriteRuleSet(known, commute=True))
+    limits = {"input_size_limit": NO_LIMIT, "output_size_limit": NO_LIMIT}
+    common.CommonSubexpressionEliminationPass()(graph)  # before weights are transposed, once for each pass
+    for _ in range(2):  # rules find more where constants are folded, and the other way round
+        optimizer.fold_constants(graph, onnx_shape_inference=True, **limits)
+        rewrite(graph)
+        common.RemoveUnusedNodesPass()(graph)
+    common.RemoveUnusedOpsetsPass()(graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.DeduplicateInitializersPass()(graph)
+    common.CommonSubexpressionEliminationPass()(graph)
+    common.ClearMetadataAndDocStringPass()(graph)
 
 
 # writing -------------------------------------------------------------------------------------------------------------

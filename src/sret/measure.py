@@ -39,18 +39,20 @@ def alternate(
     synchronise: Callable[[], None] = nothing,
     seed: int = 0,
     turn: float = TURN,
+    warm_up: int = WARM_UP,
 ) -> dict[str, list[float]]:
     """Seconds per call of every contender in every round.
 
     Args:
-        contenders: what is timed, by name. Each is called three times first, which does not count.
+        contenders: what is timed, by name.
         rounds: in each of them every contender has one turn; `seed` draws their order.
         synchronise: waits for work that a call has only begun; called once per turn, within the time.
+        warm_up: calls of each first, which do not count.
         turn: seconds. Shorter calls are repeated until a turn lasts so long, and their mean is taken.
     """
     calls = {}
     for name, run in contenders.items():
-        quickest = min(_turn(run, 1, synchronise) for _ in range(WARM_UP))
+        quickest = min(_turn(run, 1, synchronise) for _ in range(warm_up))
         calls[name] = min(MOST_CALLS, math.ceil(turn / max(quickest, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     generator, order = random.Random(seed), list(contenders)

@@ -218,9 +218,6 @@ class SReT(nn.Module):
 
         That takes seconds for any depth. `options` are those of `torch.compile`.
         """
-        # A pass is compiled for every stage and number of slices, in training and in evaluation.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * sum(len(set(s.groups)) for s in self.config.stages))
         for module in self.modules():
             if isinstance(module, Recursion):
                 module.compile(**options)

@@ -28,6 +28,7 @@ from sret.distill import soft_targets
 from sret.errors import InputError, InputWarning, some
 from sret.evaluate import evaluate
 from sret.fitting import fitting_model, make_teacher, preprocessing_for, temperature_of, training_set
+from sret.headroom import Headroom
 from sret.model import SReT
 from sret.monitor import Look, Monitor
 from sret.optim import freeze, make_ema, make_optimizer, make_schedule, rate_of
@@ -58,7 +59,8 @@ def train(
         watch: is called with what a look at the last steps showed, about once a second.
 
     Returns the path of the best weights (the last, if it stopped before the first epoch's end).
-    Raises `InputError` for what cannot be: an occupied folder, data and model that do not fit, a foreign state.
+    Raises `InputError` for what cannot be: an occupied folder, data and model that do not fit, a foreign state, a step
+    that runs out of memory.
     Raises `KeyboardInterrupt` or `SystemExit` after Ctrl-C or SIGTERM, when the step is done and all is saved.
     """
     launch = launch or Launch()
@@ -182,6 +184,9 @@ def train(
         about = {key: str(value) for key, value in recipe.items()}
         accelerator.init_trackers("sret", about, init_kwargs={"wandb": {"name": out.name}})
 
+    headroom = Headroom(model, optimizer, config, launch, num_ranks, accelerator.autocast, out)
+    headroom.warn()
+
     # Steps
     def compute(part: int) -> tuple[Tensor, Tensor, Sequence[str]]:
         """Adds one part of this step's gradient; returns its loss, share of right answers, unreadable pictures."""
@@ -222,11 +227,12 @@ def train(
                 monitor.restart()
                 while step < end and signal is None:
                     schedule.step_update(step)
-                    losses, accuracies, errors = zip(*map(compute, range(launch.accumulation)), strict=True)
-                    if config.clip_grad is not None:
-                        accelerator.clip_grad_norm_(net.parameters(), config.clip_grad)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    with headroom.guard():
+                        losses, accuracies, errors = zip(*map(compute, range(launch.accumulation)), strict=True)
+                        if config.clip_grad is not None:
+                            accelerator.clip_grad_norm_(net.parameters(), config.clip_grad)
+                        optimizer.step()
+                        optimizer.zero_grad()
                     step += 1
                     if ema is not None:
                         ema.update(model, step)

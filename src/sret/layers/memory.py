@@ -146,20 +146,30 @@ def places(num_steps: int, slots: int) -> list[int]:
 # recomputation -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Chain:
-    """Steps one after the other: what each does, and which weights it uses."""
+    """Steps one after the other.
 
-    step: Callable[[int, Tensor], Tensor]
-    weights: Sequence[Sequence[nn.Parameter]]
+    Args:
+        step: what a step makes of its input.
+        list_weights: tells which weights each step uses; asked again in backward, to notice that they are others.
+    """
+
+    def __init__(
+        self, step: Callable[[int, Tensor], Tensor], list_weights: Callable[[], Sequence[Sequence[nn.Parameter]]]
+    ) -> None:
+        self.step, self.list_weights = step, list_weights
+        self.weights = list_weights()
 
     def __len__(self) -> int:
         return len(self.weights)
 
     def trained(self, steps: slice = slice(None)) -> list[nn.Parameter]:
         """The weights of some steps that are trained, each once."""
-        used = (weight for weights in self.weights[steps] for weight in weights)
-        return list(dict.fromkeys(weight for weight in used if weight.requires_grad))
+        return _trained(self.weights[steps])
+
+
+def _trained(weights: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:
+    return list(dict.fromkeys(weight for used in weights for weight in used if weight.requires_grad))
 
 
 class Dice:
@@ -189,6 +199,7 @@ class Replay:
     def __init__(self, chain: Chain, x: Tensor) -> None:
         self.chain, self.weights = chain, chain.trained()
         self.sums: dict[nn.Parameter, Tensor] = {}
+        self.used: set[nn.Parameter] = set()
         self._device, self._dtype = x.device.type, autocast_dtype(x)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -200,12 +211,15 @@ class Replay:
     @contextmanager
     def started(self, x: Tensor) -> Iterator[None]:
         """Around all of a backward: the weights are compared, and the generators left as they were."""
-        now = self.chain.trained()
+        now = _trained(self.chain.list_weights())
         if len(self.weights) != len(now) or any(a is not b for a, b in zip(self.weights, now, strict=True)):
             raise RuntimeError(
                 "the weights of a recursion were replaced, frozen or freed between forward and backward, so that its "
                 "passes cannot be computed again; use memory 'none'"
             )
+        # All at once: between the activations of passes they would keep the allocator from using those again (a
+        # thousand layers then took three times the memory).
+        self.sums = {weight: torch.zeros_like(weight) for weight in self.weights}
         dice = Dice(x)
         try:
             yield
@@ -225,21 +239,14 @@ class Replay:
         return y.detach(), found[-1] if is_wanted else None
 
     def _add(self, weights: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        sums, further = [], []
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            if weight in self.sums:
-                sums.append(self.sums[weight])
-                further.append(gradient)
-            else:
-                self.sums[weight] = gradient.clone()  # it may share its memory with another
-        if sums:
-            torch._foreach_add_(sums, further)
+        found = [(w, gradient) for w, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+        if found:
+            self.used.update(weight for weight, _ in found)
+            torch._foreach_add_([self.sums[weight] for weight, _ in found], [gradient for _, gradient in found])
 
     def gradients(self) -> list[Tensor | None]:
         """In the order of the weights; None for one that no step has used."""
-        return [self.sums.get(weight) for weight in self.weights]
+        return [self.sums[weight] if weight in self.used else None for weight in self.weights]
 
 
 @torch.compiler.disable  # a backward that runs forwards cannot be traced; the steps may be compiled

@@ -22,6 +22,8 @@ from sret.layers.straight import StraightPasses
 # The share of what backward needs of a compiled pass that is stored; what is cheap is computed again instead. At 0.5 a
 # step of `sret_t` was measured to take 0.7 of the memory that it takes at 1, and no more time (bfloat16: a tenth).
 STORED = 0.5
+# Graphs of a pass: with and without gradients, in training and evaluation, for a few sizes of a batch.
+VARIANTS = 8
 
 
 class Recursion(nn.Module):
@@ -60,7 +62,7 @@ class Recursion(nn.Module):
 
         first, num_passes = 0, len(self.groups)
         if torch.is_grad_enabled() and self.memory.kind != "none" and not is_transformed():
-            chain = Chain(one, self.weights_by_pass())
+            chain = Chain(one, self.weights_by_pass)
             if self.memory.passes is None:
                 slots = self.memory.slots(num_passes, x.element_size() * x.numel(), self.memory_share)
                 return recomputed(chain, slots, x)
@@ -77,7 +79,7 @@ class Recursion(nn.Module):
 
     def compile(self, **options: Any) -> None:
         """Compiles one pass, which all recursions of equal shapes then use; options are those of `torch.compile`."""
-        self._pass = compiled(one_pass, **options)
+        self._pass = CompiledPass(one_pass, len(set(self.groups)), **options)
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither compiled code nor what was looked up of these weights is copied.
@@ -87,12 +89,29 @@ class Recursion(nn.Module):
         return f"groups={self.groups}"
 
 
-def compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """The function compiled for fixed shapes, storing part of what its backward needs."""
-    inner = torch.compile(function, **{"dynamic": False, **options})
+class CompiledPass:
+    """A function compiled for fixed shapes, storing part of what its backward needs.
 
-    def call(*args: Any) -> Tensor:
+    All passes of one function share its graphs, whatever their recursion or model. torch limits their number, and runs
+    what comes later uncompiled with no more than a warning. That limit belongs to a thread, and backward on a GPU has
+    one of its own, in which passes are computed again: hence it is raised where it counts, in the call.
+
+    Args:
+        kinds: how many differ by more than weights; each may take `VARIANTS` graphs.
+    """
+
+    most_graphs = 0  # of all together
+
+    def __init__(self, function: Callable[..., Tensor], kinds: int, **options: Any) -> None:
+        self._inner = torch.compile(function, **{"dynamic": False, **options})
+        CompiledPass.most_graphs += VARIANTS * kinds
+
+    def __call__(self, *args: Any) -> Tensor:
+        dynamo = torch._dynamo.config
+        if dynamo.recompile_limit < self.most_graphs:
+            dynamo.recompile_limit = self.most_graphs
+            dynamo.accumulated_recompile_limit = max(self.most_graphs, dynamo.accumulated_recompile_limit)
+        if not torch.is_grad_enabled():  # then a graph for inputs that want gradients would be one too many
+            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         with torch._functorch.config.patch(activation_memory_budget=STORED):
-            return inner(*args)
-
-    return call
+            return self._inner(*args)

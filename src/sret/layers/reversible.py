@@ -24,7 +24,7 @@ from sret.layers.block import Block
 from sret.layers.context import is_transformed
 from sret.layers.memory import SPENT, Chain, Dice, Replay
 from sret.layers.permute import Permutation
-from sret.layers.recursion import Recursion, compiled
+from sret.layers.recursion import CompiledPass, Recursion
 from sret.layers.residual import LearnableResidual
 
 
@@ -51,8 +51,7 @@ class ReversibleRecursion(Recursion):
             return self._change(turns[i][0], x, *turns[i][1])
 
         if torch.is_grad_enabled() and self.memory.kind == "reversible" and not is_transformed():
-            weights = {residual: list(residual.parameters()) for residual, _ in turns}
-            return reversibly(Chain(turn, [weights[residual] for residual, _ in turns]), x)
+            return reversibly(Chain(turn, lambda: [list(residual.parameters()) for residual, _ in turns]), x)
         streams = [x, x]
         for i in range(len(turns)):
             streams[i % 2] = streams[i % 2] + turn(i, streams[1 - i % 2])
@@ -60,7 +59,7 @@ class ReversibleRecursion(Recursion):
 
     def compile(self, **options: Any) -> None:
         """Compiles the change of a turn, which all recursions of equal shapes then use."""
-        self._change = compiled(change, **options)
+        self._change = CompiledPass(change, 2 + len(set(self.groups)), **options)  # MLP, projection; attention
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_change": change}

@@ -1,0 +1,188 @@
+"""Is a deep stack healthy, before training and after? The numbers of docs/depth.md that no clock is needed for.
+
+    python benchmarks/depth.py start --out start.json
+    python benchmarks/depth.py train --layers 1008 --scale passes --seed 0 --runs RUNS --out train.json [--unshared]
+
+`start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
+`train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
+large stream and gradients are in the end. Each adds a line of JSON to --out, which depth_figures.py draws.
+A layer is one pass of attention and MLP.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sret import ModelConfig, SReT
+from sret.augment import Augmentation
+from sret.checkpoint import load_state, load_weights
+from sret.config import ResidualScale
+from sret.data import ImageDataset
+from sret.evaluate import evaluate_on
+from sret.fitting import preprocessing_for
+from sret.layers import Block
+from sret.recipe import TrainConfig
+from sret.run import BEST, METRICS, STATE, versions
+from sret.sources import load_data
+from sret.train import train
+from sret.variants import config_of
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "digits_deep.yaml"
+DEPTHS = (20, 108, 1008)
+WAYS: tuple[tuple[ResidualScale, float], ...] = (
+    ("one", 1.0),
+    ("one", 0.0),
+    ("sqrt", 1.0),
+    ("passes", 1.0),
+)  # residual_scale, and where beta begins
+BATCH = 64
+POINTS = 50  # of a curve over layers
+
+
+def deep(layers: int, scale: ResidualScale = "passes", *, is_unshared: bool = False) -> ModelConfig:
+    """The sibling for 32 pixels, on the digits; unshared: a plain transformer of as many layers, each of its own."""
+    config = replace(config_of(f"sret_deep_{layers}_32"), in_chans=1, memory="none", residual_scale=scale)
+    if not is_unshared:
+        return config
+    stages = [replace(stage, num_blocks=stage.depth, groups=(1,), projection_ratio=None) for stage in config.stages]
+    return replace(config, stages=tuple(stages), learnable_residual=False, residual_scale="one")
+
+
+def health(model: SReT, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Mean square of the stream before each layer, and of the loss's gradient there times the size of the batch."""
+    streams: list[Tensor] = []
+
+    def listen(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        streams.append(inputs[0])
+        if inputs[0].requires_grad:
+            inputs[0].retain_grad()
+
+    hooks = [module.register_forward_pre_hook(listen) for module in model.modules() if isinstance(module, Block)]
+    model.zero_grad()
+    cross_entropy(model.train()(images), labels, reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return {
+        "activation": [x.detach().square().mean().item() for x in streams],
+        "gradient": [x.grad.square().mean().sqrt().item() for x in streams if x.grad is not None],
+        "weights_gradient": [
+            torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item() / len(labels)
+        ],
+    }
+
+
+def is_coefficient(key: str) -> bool:
+    return key.endswith((".alpha", ".beta"))
+
+
+def thinned(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
+    """[layer from 1, value] pairs, evenly spread, with the first and the last."""
+
+    def places(count: int) -> list[int]:
+        return sorted({round(k * (count - 1) / (POINTS - 1)) for k in range(POINTS)})
+
+    return {name: [[i + 1, float(f"{values[i]:.4g}")] for i in places(len(values))] for name, values in curves.items()}
+
+
+def digits(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    data = load_data("digits")
+    pictures = ImageDataset(data.split("train"), preprocessing_for(config, data))
+    images, labels, _ = zip(*(pictures[i] for i in range(BATCH)), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def start(options: argparse.Namespace) -> None:
+    images, labels = digits(deep(20))
+    cases = [(layers, scale, beta, False) for layers in DEPTHS for scale, beta in WAYS]
+    for layers, scale, beta, is_unshared in [*cases, (108, "one", 1.0, True)]:
+        torch.manual_seed(options.seed)
+        model = SReT(deep(layers, scale, is_unshared=is_unshared))
+        for name, parameter in model.named_parameters():
+            if name.endswith(".beta"):
+                nn.init.constant_(parameter, beta)
+        curves = health(model, images, labels)
+        slopes = [p.grad.abs().item() for n, p in model.named_parameters() if is_coefficient(n) and p.grad is not None]
+        steepest = max(slopes, default=0.0) / BATCH
+        a, g = curves["activation"], curves["gradient"]
+        print(
+            f"{layers:5} layers  {name:22} activation {a[0]:.3g} .. {a[-1]:.3g}   gradient {g[0]:.2e} .. {g[-1]:.2e}   "
+            f"of weights {curves['weights_gradient'][0]:.3g}, of a coefficient at most {steepest:.3g}",
+            flush=True,
+        )
+        about = {"layers": layers, "way": name, "seed": options.seed, "coefficient_gradient": float(f"{steepest:.4g}")}
+        add(options.out, {"kind": "start", **about, **thinned(curves)})
+
+
+def trained(options: argparse.Namespace) -> None:
+    values = yaml.safe_load(RECIPE.read_text())
+    values["augmentation"] = Augmentation(**values["augmentation"])
+    config = deep(options.layers, options.scale, is_unshared=options.unshared)
+    recipe = TrainConfig(**{**values, "model": config, "seed": options.seed})
+    name = f"{'unshared' if options.unshared else options.scale}_{options.layers}_{options.seed}"
+    out = options.runs / name
+    coefficients: list[dict[str, list[float]]] = []
+    epoch_steps = len(load_data("digits").split("train")) // recipe.batch_size
+    for epoch in range(recipe.epochs):
+        train(recipe, out, resume="auto", max_steps=(epoch + 1) * epoch_steps)
+        coefficients.append(spreads(load_state(out / STATE)["model"]))
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    model, card = load_weights(out / BEST)
+    tested = evaluate_on(model, card)[0]
+    line = {
+        "kind": "train",
+        "layers": config.depth,
+        "way": "unshared" if options.unshared else f"scale {options.scale}",
+        "seed": options.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "test_top1": round(tested.top1, 2),
+        "rows": [{key: round(row[key], 4) for key in ("epoch", "train_loss", "val_loss", "val_top1")} for row in rows],
+        "coefficients": coefficients,
+        **thinned(health(model, *digits(config))),
+        **versions(),
+    }
+    print(f"{name}: {tested.top1:.2f} % of {tested.count} test pictures")
+    add(options.out, line)
+
+
+def spreads(state: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Least, median and greatest of each kind of coefficient, as stored (before the scale)."""
+    found: dict[str, list[float]] = {}
+    for key, value in state.items():
+        if is_coefficient(key):
+            owner = "projection" if ".projections." in key else key.split(".")[-2]
+            found.setdefault(f"{owner} {key.rpartition('.')[2]}", []).append(value.item())
+    return {kind: [round(x, 4) for x in (min(v), sorted(v)[len(v) // 2], max(v))] for kind, v in sorted(found.items())}
+
+
+def add(out: Path, line: dict[str, Any]) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, run in (("start", start), ("train", trained)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--seed", type=int, default=0)
+        if run is trained:
+            command.add_argument("--layers", type=int, choices=DEPTHS, default=1008)
+            command.add_argument("--scale", choices=("one", "sqrt", "passes"), default="passes")
+            command.add_argument("--unshared", action="store_true")
+            command.add_argument("--runs", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

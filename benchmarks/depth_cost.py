@@ -1,0 +1,179 @@
+"""What depth costs: peak memory and time of a step under every policy, and the time to compile.
+
+    python benchmarks/depth_cost.py steps --out steps.jsonl [--img_size 224] [--batch_size 8] [--layers 20,108,1008]
+    python benchmarks/depth_cost.py compile --out compile.jsonl
+
+All depths have the width of sret_deep_1008, so that a pass costs the same in all. A step is forward and backward, after
+gradients were let go. Peaks are taken in a process of their own each; times in turns in one process, depth by depth,
+after gradients were compared. A layer is one pass of attention and MLP.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sret import ModelConfig, SReT
+from sret.deep import deep_config
+from sret.measure import alternate, peak_in_process, ratio, spread
+from sret.run import versions
+from sret.variants import config_of
+
+WIDTH = 64
+POLICIES = ("none", "pass", "nested", "reversible", "truncated:1")
+CLOSE = 1e-3  # of float32 gradients, relative to the greatest: sums in another order
+MIB = 2**20
+Step = Callable[[], None]
+
+
+def config(layers: int, policy: str, img_size: int) -> ModelConfig:
+    deep = deep_config(layers=layers, max_parameters=14_000_000, embed_dim=WIDTH, img_size=img_size)
+    return replace(deep, memory=policy, reversible=policy == "reversible")
+
+
+def step_of(model: SReT, images: Tensor) -> Step:
+    def step() -> None:
+        model.zero_grad()
+        model(images).logsumexp(1).mean().backward()
+
+    return step
+
+
+def peak(options: argparse.Namespace) -> None:
+    """In a process of its own: prints the bytes by which a step makes it grow."""
+    torch.manual_seed(0)
+    model = SReT(config(int(options.layers), options.policy, options.img_size)).train()
+    images = torch.randn(options.batch_size, 3, options.img_size, options.img_size)
+    step_of(model, images[:1])()  # what the first step alone loads
+    model.zero_grad()
+    print(peak_in_process(step_of(model, images), calls=1))
+
+
+def steps(options: argparse.Namespace) -> None:
+    size = ["--img_size", str(options.img_size), "--batch_size", str(options.batch_size)]
+    for layers in map(int, options.layers.split(",")):
+        images = torch.randn(options.batch_size, 3, options.img_size, options.img_size)
+        contenders, models = {}, {}
+        for policy in POLICIES:
+            torch.manual_seed(0)
+            models[policy] = SReT(config(layers, policy, options.img_size)).train()
+            contenders[policy] = step_of(models[policy], images)
+        compare(models, contenders)
+        peaks = {}
+        for policy in POLICIES:
+            command = [sys.executable, __file__, "peak", "--layers", str(layers), "--policy", policy, *size]
+            peaks[policy] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
+        times = alternate(contenders, options.rounds, warm_up=1)
+        for policy in POLICIES:
+            line = {
+                "kind": "step",
+                "layers": layers,
+                "policy": policy,
+                "img_size": options.img_size,
+                "batch_size": options.batch_size,
+                "parameters": sum(p.numel() for p in models[policy].parameters()),
+                "peak_mib": round(peaks[policy] / MIB, 1),
+                "seconds": round(statistics.median(times[policy]), 4),
+                "spread": round(spread(times[policy]), 3),
+                "time_to_pass": round(ratio(times[policy], times["pass"]), 3),
+                "threads": torch.get_num_threads(),
+                **versions(),
+            }
+            add(options.out, line)
+    show(options.out)
+
+
+def compare(models: dict[str, SReT], contenders: dict[str, Step]) -> None:
+    """Raises `AssertionError` if gradients of the exact policies differ."""
+    contenders["none"]()
+    expected = {name: p.grad for name, p in models["none"].named_parameters()}
+    for policy in ("pass", "nested"):
+        contenders[policy]()
+        for name, parameter in models[policy].named_parameters():
+            wanted = expected[name]
+            assert wanted is not None
+            assert parameter.grad is not None
+            assert (parameter.grad - wanted).abs().max() <= CLOSE * wanted.abs().max() + 1e-9, (policy, name)
+    for model in models.values():
+        model.zero_grad()
+
+
+def show(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    base = next((r["peak_mib"] for r in rows if r["layers"] == 20 and r["policy"] == "pass"), None)
+    table = Table("layers", "policy", "parameters", "peak MiB", "to 20 layers of pass", "seconds", "IQR", "to pass")
+    for r in rows:
+        to_base = f"{r['peak_mib'] / base:.2f}" if base else ""
+        cells = [f"{r['layers']:,}", r["policy"], f"{r['parameters']:,}", f"{r['peak_mib']:,.0f}", to_base]
+        table.add_row(*cells, f"{r['seconds']:.2f}", f"{r['spread']:.0%}", f"{r['time_to_pass']:.2f}")
+    Console(width=120).print(table)
+
+
+def first_step(options: argparse.Namespace) -> None:
+    """In a process of its own: prints seconds of the first compiled step, and of the third."""
+    torch.manual_seed(0)
+    model = SReT(replace(config_of(f"sret_deep_{options.layers}_32"), memory=options.policy)).train()
+    step = step_of(model, torch.randn(8, 3, 32, 32))
+    model.compile()
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    print(json.dumps([seconds[0], seconds[-1]]))
+
+
+def compiling(options: argparse.Namespace) -> None:
+    """The first step of a model whose passes are compiled, with empty caches, less a later step."""
+    for layers in (20, 1008):
+        for policy in ("none", "nested"):
+            with tempfile.TemporaryDirectory() as cache:
+                command = [sys.executable, __file__, "first", "--layers", str(layers), "--policy", policy]
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+                found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            first, later = json.loads(found.splitlines()[-1])
+            print(
+                f"{layers:5} layers, {policy:7} compiled in {first - later:.1f} s; a step takes {later:.2f} s",
+                flush=True,
+            )
+            line = {"kind": "compile", "layers": layers, "policy": policy, "seconds": round(first - later, 2)}
+            add(options.out, {**line, "step_seconds": round(later, 3), **versions()})
+
+
+def add(out: Path, line: dict[str, Any]) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, run in (("steps", steps), ("peak", peak), ("compile", compiling), ("first", first_step)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--layers", default="20,108,1008")
+        command.add_argument("--policy", default="nested")
+        command.add_argument("--img_size", type=int, default=224)
+        command.add_argument("--batch_size", type=int, default=8)
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
