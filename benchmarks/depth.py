@@ -2,10 +2,12 @@
 
     python benchmarks/depth.py start --out start.json
     python benchmarks/depth.py train --layers 1008 --scale passes --seed 0 --runs RUNS --out train.json [--unshared]
+    python benchmarks/depth.py transfer --checkpoint RUNS/passes_108_0/best.safetensors --out transfer.json
 
 `start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
 `train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
-large stream and gradients are in the end. Each adds a line of JSON to --out, which depth_figures.py draws.
+large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and tests them as
+they are, without training. Each adds a line of JSON to --out, which depth_figures.py draws.
 A layer is one pass of attention and MLP.
 """
 
@@ -33,6 +35,7 @@ from sret.recipe import TrainConfig
 from sret.run import BEST, METRICS, STATE, versions
 from sret.sources import load_data
 from sret.train import train
+from sret.transfer import transfer
 from sret.variants import config_of
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits_deep.yaml"
@@ -44,6 +47,7 @@ WAYS: tuple[tuple[ResidualScale, float], ...] = (
     ("passes", 1.0),
 )  # residual_scale, and where beta begins
 BATCH = 64
+FACTORS = (0.25, 0.5, 1, 2, 4, 9)  # of the passes
 POINTS = 50  # of a curve over layers
 
 
@@ -105,12 +109,13 @@ def start(options: argparse.Namespace) -> None:
     for layers, scale, beta, is_unshared in [*cases, (108, "one", 1.0, True)]:
         torch.manual_seed(options.seed)
         model = SReT(deep(layers, scale, is_unshared=is_unshared))
-        for name, parameter in model.named_parameters():
-            if name.endswith(".beta"):
+        for key, parameter in model.named_parameters():
+            if key.endswith(".beta"):
                 nn.init.constant_(parameter, beta)
         curves = health(model, images, labels)
         slopes = [p.grad.abs().item() for n, p in model.named_parameters() if is_coefficient(n) and p.grad is not None]
         steepest = max(slopes, default=0.0) / BATCH
+        name = "unshared" if is_unshared else f"scale {scale}, beta {beta:g}"
         a, g = curves["activation"], curves["gradient"]
         print(
             f"{layers:5} layers  {name:22} activation {a[0]:.3g} .. {a[-1]:.3g}   gradient {g[0]:.2e} .. {g[-1]:.2e}   "
@@ -152,6 +157,24 @@ def trained(options: argparse.Namespace) -> None:
     add(options.out, line)
 
 
+def transferred(options: argparse.Namespace) -> None:
+    model, card = load_weights(options.checkpoint)
+    config = model.config
+    for factor in FACTORS:
+        stages = [replace(s, groups=(1,) * max(1, round(factor * s.num_passes))) for s in config.stages]
+        other = SReT(replace(config, stages=tuple(stages)))
+        report = transfer(other, model.state_dict(), config)
+        tested = evaluate_on(other.eval(), replace(card, config=other.config))[0]
+        print(f"{config.depth} layers now {other.config.depth}: {tested.top1:.2f} % ({'; '.join(report)})", flush=True)
+        line = {
+            "kind": "transfer",
+            "from": config.depth,
+            "layers": other.config.depth,
+            "test_top1": round(tested.top1, 2),
+        }
+        add(options.out, {**line, "loss": round(tested.loss, 4), **versions()})
+
+
 def spreads(state: dict[str, Tensor]) -> dict[str, list[float]]:
     """Least, median and greatest of each kind of coefficient, as stored (before the scale)."""
     found: dict[str, list[float]] = {}
@@ -170,11 +193,13 @@ def add(out: Path, line: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("start", start), ("train", trained)):
+    for name, run in (("start", start), ("train", trained), ("transfer", transferred)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--seed", type=int, default=0)
+        if run is transferred:
+            command.add_argument("--checkpoint", type=Path, required=True)
         if run is trained:
             command.add_argument("--layers", type=int, choices=DEPTHS, default=1008)
             command.add_argument("--scale", choices=("one", "sqrt", "passes"), default="passes")

@@ -46,8 +46,15 @@ Precision = Callable[[], AbstractContextManager[Any]]  # such as an accelerator'
 
 FEW, MANY = 2, (8, 32)  # pictures that are tried: of few, weights take the most; BatchNorm needs more than one value
 MARGIN = 1.25  # what is recommended fits, be its estimate so much too low
-# The words of torch's allocators for Linux and Windows, of C++, of MPS, of CUDA's libraries.
-MESSAGES = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+# The words of torch's allocators for Linux and Windows, of C++, of oneDNN, of MPS, of CUDA's libraries.
+MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "out of memory",
+    "ALLOC_FAILED",
+)
 
 
 # measured ------------------------------------------------------------------------------------------------------------
@@ -355,7 +362,7 @@ class Headroom:
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
             raise InputError(
                 f"out of memory: {self._request()} were free before the first step; {self.advice()}; the last saved "
-                "state is whole, and --resume auto goes on from it: policies of equal gradients and accumulation may change"
+                "state is whole, and --resume auto goes on from it; exact policies and accumulation may change"
             ) from error
 
     def warn(self) -> None:

@@ -245,8 +245,9 @@ class Replay:
             torch._foreach_add_([self.sums[weight] for weight, _ in found], [gradient for _, gradient in found])
 
     def gradients(self) -> list[Tensor | None]:
-        """In the order of the weights; None for one that no step has used."""
-        return [self.sums[weight] if weight in self.used else None for weight in self.weights]
+        """In the order of the weights; None for one that no step has used. They are let go: autograd copies others."""
+        sums, self.sums = self.sums, {}
+        return [sums[weight] if weight in self.used else None for weight in self.weights]
 
 
 @torch.compiler.disable  # a backward that runs forwards cannot be traced; the steps may be compiled
