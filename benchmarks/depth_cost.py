@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sret import ModelConfig, SReT
 from sret.deep import deep_config
-from sret.measure import alternate, peak_in_process, ratio, spread
+from sret.measure import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
 from sret.run import versions
 from sret.variants import config_of
 
@@ -55,21 +55,27 @@ def step_of(model: SReT, images: Tensor) -> Step:
 def peak(options: argparse.Namespace) -> None:
     """In a process of its own: prints the bytes by which a step makes it grow."""
     torch.manual_seed(0)
-    model = SReT(config(int(options.layers), options.policy, options.img_size)).train()
-    images = torch.randn(options.batch_size, 3, options.img_size, options.img_size)
+    model = SReT(config(int(options.layers), options.policy, options.img_size)).to(options.device).train()
+    images = pictures(options)
     step_of(model, images[:1])()  # what the first step alone loads
     model.zero_grad()
-    print(peak_in_process(step_of(model, images), calls=1))
+    step = step_of(model, images)
+    print(peak_on_cuda(step, images.device) if images.is_cuda else peak_in_process(step, calls=1))
+
+
+def pictures(options: argparse.Namespace) -> Tensor:
+    return torch.randn(options.batch_size, 3, options.img_size, options.img_size, device=options.device)
 
 
 def steps(options: argparse.Namespace) -> None:
-    size = ["--img_size", str(options.img_size), "--batch_size", str(options.batch_size)]
+    size = [f"--{name}={getattr(options, name)}" for name in ("img_size", "batch_size", "device")]
+    wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
-        images = torch.randn(options.batch_size, 3, options.img_size, options.img_size)
+        images = pictures(options)
         contenders, models = {}, {}
         for policy in POLICIES:
             torch.manual_seed(0)
-            models[policy] = SReT(config(layers, policy, options.img_size)).train()
+            models[policy] = SReT(config(layers, policy, options.img_size)).to(options.device).train()
             contenders[policy] = step_of(models[policy], images)
         compare(models, contenders)
         peaks = {}
@@ -77,7 +83,7 @@ def steps(options: argparse.Namespace) -> None:
             command = [sys.executable, __file__, "peak", "--layers", str(layers), "--policy", policy, *size]
             peaks[policy] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
-        times = alternate(contenders, options.rounds, warm_up=1)
+        times = alternate(contenders, options.rounds, wait, warm_up=1)
         for policy in POLICIES:
             line = {
                 "kind": "step",
@@ -90,7 +96,7 @@ def steps(options: argparse.Namespace) -> None:
                 "seconds": round(statistics.median(times[policy]), 4),
                 "spread": round(spread(times[policy]), 3),
                 "time_to_pass": round(ratio(times[policy], times["pass"]), 3),
-                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if images.is_cuda else f"CPU, {torch.get_num_threads()} threads",
                 **versions(),
             }
             add(options.out, line)
@@ -169,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--policy", default="nested")
         command.add_argument("--img_size", type=int, default=224)
         command.add_argument("--batch_size", type=int, default=8)
+        command.add_argument("--device", default="cpu")
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

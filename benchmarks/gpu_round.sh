@@ -26,6 +26,14 @@ for models in t s; do
   [ -e "$file.txt" ] || python3 benchmarks/performance.py training --models $models --batch-size 128 \
     --figure "$file.png" 2>&1 | tee "$file.txt"
 done
+file="$out/depth_steps"
+[ -e "$file.jsonl" ] || python3 benchmarks/depth_cost.py steps --device cuda --batch_size 64 --out "$file.jsonl" 2>&1 |
+  tee "$file.txt"
+for layers in 20 108 1008; do
+  timeout --signal TERM "$((minutes / 4 + 1))m" python3 -m sret.cli train --config recipes/cifar10_deep.yaml \
+    --model "sret_deep_${layers}_32" --data "$cifar10" --out "$out/cifar10_deep_$layers" --num_workers "$(nproc)" \
+    --save_every 100 --resume auto 2>&1 | tee -a "$out/cifar10_deep_$layers.txt"
+done
 timeout --signal TERM "${minutes}m" python3 -m sret.cli train --config recipes/cifar10.yaml --data "$cifar10" \
   --out "$out/cifar10" --num_workers "$(nproc)" --save_every 500 --resume auto 2>&1 | tee -a "$out/cifar10.txt"
 python3 -m sret.cli eval --checkpoint "$out/cifar10/best.safetensors" --data "$cifar10" | tee "$out/accuracy.txt"

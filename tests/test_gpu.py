@@ -27,11 +27,30 @@ def test_a_gpu_answers_as_a_cpu_does(permutation):
             torch.testing.assert_close(net(images.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("launch", [Launch(), Launch(compile=True)])
-def test_compiled_passes_train_as_plain_ones(tmp_path: Path, launch):
-    train(replace(RECIPE, epochs=2), tmp_path, launch=launch)
-    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+@pytest.mark.parametrize("memory", ["none", "nested"])
+def test_compiled_passes_train_as_plain_ones(tmp_path: Path, memory):
+    recipe = replace(RECIPE, epochs=2, optimizer="sgd", learning_rate=1e-2, model=replace(RECIPE.model, memory=memory))
+    states = []
+    for name, launch in (("plain", Launch()), ("compiled", Launch(compile=True))):
+        train(recipe, tmp_path / name, max_steps=3, launch=launch)
+        states.append(load_state(tmp_path / name / STATE)["model"])
+    torch.testing.assert_close(states[1], states[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["pass", "nested", "reversible"])
+def test_gradients_are_those_of_no_policy(policy):
+    config = small_config(drop_path_rate=0.4, reversible=policy == "reversible")
+    model, images = SReT(config).cuda().double().train(), torch.randn(4, 3, 64, 80).cuda().double()
+    found = []
+    for name in ("none", policy):
+        model.set_memory(name)
+        model.zero_grad()
+        torch.manual_seed(5)
+        model.permuter.load_state_dict({"seed": 1, "count": 0})
+        model(images).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])

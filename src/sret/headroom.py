@@ -1,51 +1,31 @@
-"""How much memory a step of training takes, measured on one pass of each stage, and what to change if it is too much.
-
-    peak = max over recursions r of  ( kept before r  +  kept by r  +  work of one pass of r )
-           + gradients + what the optimizer keeps
-
-    kept by a recursion of R passes:  none: all of R passes     pass: R inputs     nested: fewer inputs
-                                      reversible: two streams   truncated:k: all of k passes
-
-None of these numbers is guessed: a thin model of the same parts runs forward and backward, piece by piece, at two batch
-sizes, while every tensor that comes into being is counted until it is freed. What kernels take for themselves is not
-seen, nor what an allocator leaves between tensors.
-"""
+"""Running out of memory in training: noticed, in part before it happens, and answered with what would fit."""
 
 import ctypes
 import os
 import traceback
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from math import lcm
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sret.config import ModelConfig
 from sret.errors import InputError, InputWarning
-from sret.layers import Recursion
+from sret.footprint import FEW, MANY, Piece, Precision, measure, needed, state_per_byte, thinned
 from sret.layers.memory import EXACT, Memory
-from sret.measure import can_measure_memory, peak_in_process, peak_on_cuda
-from sret.model import SReT, Stage
-from sret.optim import make_optimizer
+from sret.model import SReT
 from sret.recipe import Launch, TrainConfig
 from sret.run import LAST
 
-Precision = Callable[[], AbstractContextManager[Any]]  # such as an accelerator's autocast
-
-FEW, MANY = 2, (8, 32)  # pictures that are tried: of few, weights take the most; BatchNorm needs more than one value
-MARGIN = 1.25  # what is recommended fits, be its estimate so much too low
+# What is recommended fits, be its estimate so much too low: glibc leaves gaps that were measured to double small steps.
+MARGIN, MARGIN_ON_CPU = 1.25, 2.5
 # The words of torch's allocators for Linux and Windows, of C++, of oneDNN, of MPS, of CUDA's libraries.
 MESSAGES = (
     "can't allocate memory",
@@ -55,195 +35,6 @@ MESSAGES = (
     "out of memory",
     "ALLOC_FAILED",
 )
-
-
-# measured ------------------------------------------------------------------------------------------------------------
-
-
-class Live(TorchDispatchMode):
-    """Within this context the bytes of all tensors made since its beginning: those alive `now`, and their `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), is_new=False)  # what was there before, such as a weight whose view is taken
-        answer = func(*args, **(kwargs or {}))
-        self._note(answer, is_new=True)
-        return answer
-
-    def _note(self, tree: Any, is_new: bool) -> None:
-        for x in tree_leaves(tree):
-            if isinstance(x, Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self._known:
-                num_bytes = storage.nbytes() if is_new else 0
-                self._known.add(key)
-                self.now += num_bytes
-                weakref.finalize(storage, self._free, key, num_bytes)
-        self.peak = max(self.peak, self.now)
-
-    def _free(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.now -= num_bytes
-
-
-class Curve(NamedTuple):
-    """Bytes as a function of the pictures in a batch: measured ones, and straight lines through neighbours.
-
-    A peak is the largest of several sums, each a line, so that the curve can only bend upwards: the highest line is it.
-    """
-
-    batches: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def __call__(self, batch: int) -> float:
-        lines = pairwise(zip(self.batches, self.sizes, strict=True))
-        return max(y0 + (y1 - y0) * (batch - x0) / (x1 - x0) for (x0, y0), (x1, y1) in lines)
-
-
-class Piece(NamedTuple):
-    """What a piece of a model keeps for backward, its answer included, and the peak of its forward and backward."""
-
-    kept: Curve
-    work: Curve
-
-
-def thinned(model: SReT) -> SReT:
-    """A new model with the parts of this one: one block for a stage, one pass for each number of slices, one more.
-
-    `model` may be sharded, compiled or listened to, and is left alone.
-    """
-    stages = []
-    for stage in model.config.stages:
-        kinds = tuple(dict.fromkeys(stage.groups))
-        stages.append(replace(stage, num_blocks=1, groups=(*kinds, kinds[0])[: stage.num_passes]))
-    thin = SReT(replace(model.config, stages=tuple(stages), memory=_leanest(model.config)))
-    for name, parameter in thin.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    return thin
-
-
-def measure(thin: SReT, batch: int, autocast: Precision = nullcontext) -> dict[Any, Piece]:
-    """The pieces of a model: "stem", (stage, "pool"), (stage, "input"), (stage, kind of memory, slices), "head".
-
-    `batch` is the largest that is tried, if it is not larger than others that tell enough.
-    """
-    batches = tuple(sorted({FEW, *(min(max(batch, 2 * FEW), many) for many in MANY)}))
-    runs = [_run(thin, n, autocast) for n in batches]
-    pieces = {key: Piece(*(Curve(batches, y) for y in zip(*(r[key] for r in runs), strict=True))) for key in runs[0]}
-    overhead = Curve((0, batches[-1]), (0, _overhead(thin, batches[-1], autocast)))
-    return pieces | {"overhead": Piece(overhead, overhead)}
-
-
-def _overhead(thin: SReT, batch: int, autocast: Precision) -> int:
-    """Bytes that a step takes beyond its tensors: on a CPU the gaps that glibc leaves, on a GPU what kernels take."""
-    weight = thin.pos_embed.weight
-
-    def step() -> None:
-        with autocast():
-            y = thin(weight.new_zeros(batch, thin.in_chans, *thin.config.input_size))
-        y.backward(torch.ones_like(y))
-        thin.zero_grad()
-
-    with Live() as live:
-        if weight.is_cuda:
-            peak = peak_on_cuda(step, weight.device)
-        elif can_measure_memory():
-            peak = peak_in_process(step, calls=1)
-        else:
-            return 0
-    return max(0, peak - live.peak)
-
-
-def _run(thin: SReT, batch: int, autocast: Precision) -> dict[Any, tuple[int, int]]:
-    """(bytes kept, bytes at the peak) of each piece."""
-    found: dict[Any, tuple[int, int]] = {}
-    device = thin.pos_embed.weight.device
-
-    def run(key: Any, piece: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with Live() as live:
-            with autocast():
-                y = piece(x)
-            kept = live.now
-            if y.requires_grad:
-                y.backward(torch.ones_like(y))
-        found[key] = (kept, live.peak)
-        thin.zero_grad()
-        return y.detach().requires_grad_(y.requires_grad)
-
-    shape = (batch, thin.in_chans, *thin.config.input_size)
-    x = run("stem", lambda _: thin.pos_embed(thin.stem(torch.zeros(shape, device=device))), torch.empty(0))
-    for i, (stage, (H, W)) in enumerate(zip(thin.stages, thin.config.grids(), strict=True)):
-        assert isinstance(stage, Stage)
-        x = run((i, "pool"), stage.pool, x)
-        x = x.detach().flatten(2).transpose(1, 2).requires_grad_(x.requires_grad)  # (B, N, C)
-        found[i, "input"] = (x.nbytes, x.nbytes)
-        (recursion,) = stage.recursions
-        assert isinstance(recursion, Recursion)
-        for j, num_groups in enumerate(recursion.groups):
-            one = type(recursion)(recursion.block, (num_groups,), [recursion.projections[j]])
-            drawn = thin.permuter(H * W, num_groups, device, is_training=True) if recursion.is_permuted(j) else None
-            for kind in ("none", _leanest(thin.config)):
-                one.memory = Memory.parse(kind)
-                y = run((i, kind, num_groups), lambda x, one=one, drawn=drawn: one(x, [drawn]), x)  # type: ignore[misc]
-        x = y.transpose(1, 2).unflatten(2, (H, W)).detach().requires_grad_(y.requires_grad)
-    run("head", thin.forward_head, x)
-    return found
-
-
-def _leanest(config: ModelConfig) -> str:
-    """The kind of memory that keeps least of one pass."""
-    return "reversible" if config.reversible else "nested"
-
-
-def needed(model: SReT, pieces: Mapping[Any, Piece], policy: str, batch: int) -> float:
-    """Bytes that forward and backward of a batch take at their peak, under a policy of memory."""
-    memory, lean = Memory.parse(policy), _leanest(model.config)
-    held = peak = 0.0
-
-    def step(kept: float, work: float) -> None:
-        nonlocal held, peak
-        held += kept
-        peak = max(peak, held + work)
-
-    def whole(piece: Piece) -> None:
-        step(piece.kept(batch), piece.work(batch) - piece.kept(batch))
-
-    whole(pieces["stem"])
-    for i, stage in enumerate(model.stages):
-        assert isinstance(stage, Stage)
-        whole(pieces[i, "pool"])
-        for recursion in stage.recursions:
-            assert isinstance(recursion, Recursion)
-            kind = "none" if memory.kind in ("none", "truncated") else lean
-            passes = [pieces[i, kind, num_groups] for num_groups in recursion.groups[-(memory.passes or 0) :]]
-            kept = [piece.kept(batch) for piece in passes]
-            work = max(piece.work(batch) - piece.kept(batch) for piece in passes)
-            if kind == "none":
-                step(sum(kept), work)
-            elif kind == "reversible":
-                step(max(kept), work)
-            else:
-                size = pieces[i, "input"].kept(batch)
-                step(memory.slots(len(passes), int(size), recursion.memory_share) * size, work + max(kept))
-    whole(pieces["head"])
-    return peak + pieces["overhead"].work(batch)
-
-
-def state_per_byte(thin: SReT, config: TrainConfig) -> float:
-    """Bytes that the optimizer takes in its first step, most of which it keeps, for each byte that is trained."""
-    trained = [parameter for parameter in thin.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(thin, config)
-    with Live() as live:
-        optimizer.step()
-    thin.zero_grad()
-    return live.peak / sum(parameter.nbytes for parameter in trained)
-
-
-# there ---------------------------------------------------------------------------------------------------------------
 
 
 def free_memory(device: torch.device) -> tuple[float, str]:
@@ -288,7 +79,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-# compared ------------------------------------------------------------------------------------------------------------
+def bound(config: ModelConfig, batch: int) -> int:
+    """More bytes than the forward of a batch can keep: three times what a plain pass of float32 does."""
+    height, width = config.input_size
+    numbers = height * width * config.stages[0].embed_dim  # of the stem
+    for stage, (rows, columns) in zip(config.stages, config.grids(), strict=True):
+        hidden = stage.mlp_ratio + (stage.projection_ratio or 0)
+        numbers += round(stage.depth * rows * columns * stage.embed_dim * 3 * (8 + hidden))
+    return 4 * batch * numbers
 
 
 class Headroom:
@@ -298,9 +96,6 @@ class Headroom:
         optimizer: as it stands before the first step, fresh or resumed.
         autocast: the context of the run's precision.
         out: the folder of the run.
-
-    Takes a fraction of a second, some memory for a moment, and no random numbers. Raises `InputError` if not even
-    that memory is there.
     """
 
     def __init__(
@@ -315,30 +110,34 @@ class Headroom:
     ) -> None:
         self.model, self.config, self.launch, self.num_ranks, self.out = model, config, launch, num_ranks, out
         self.device = next(model.parameters()).device
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            thin = thinned(model)
-            states = 0.0 if optimizer.state else state_per_byte(thin, config)
-            self.pieces = self._measure(thin.to(self.device), autocast)
-        del thin
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        local = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trained)
-        self.states = local * (1 + states)  # gradients, and what the optimizer keeps
-        self.free, self.what = free_memory(self.device)  # last: libraries have been loaded meanwhile
+        self.autocast, self.optimizer = autocast, optimizer
+        self.free, self.what = free_memory(self.device)
 
-    def _measure(self, thin: SReT, autocast: Precision) -> dict[Any, Piece]:
+    @cached_property
+    def _measured(self) -> tuple[dict[Any, Piece], float]:
+        """The pieces of the model, and the bytes of gradients and of what the optimizer has yet to take."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            thin = thinned(self.model)
+            states = 0.0 if self.optimizer.state else state_per_byte(thin, self.config)
+            pieces = self._measure(thin.to(self.device))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        local = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trained)
+        return pieces, local * (1 + states)
+
+    def _measure(self, thin: SReT) -> dict[Any, Piece]:
         """With smaller batches where there is little memory."""
         batch = self.batch
         while True:
             try:
-                return measure(thin, batch, autocast)
+                return measure(thin, batch, self.autocast)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if batch <= 2 * FEW:
-                    free, what = free_memory(self.device)
                     raise InputError(
-                        f"out of memory before the first step: {_size(free)} {what} are free, which is not enough for "
-                        f"a pass of {2 * FEW} pictures; take a smaller model, smaller pictures or more memory"
+                        f"out of memory: {_size(self.free)} {self.what} were free before the first step, and what is "
+                        f"left is not enough for a pass of {2 * FEW} pictures; take a smaller model, smaller pictures "
+                        "or more memory"
                     ) from error
             batch = min(batch, MANY[-1]) // 2
 
@@ -349,7 +148,8 @@ class Headroom:
 
     def need(self, policy: str, batch: int) -> float:
         """Bytes of a step beyond those that the process held before the first one."""
-        return needed(self.model, self.pieces, policy, batch) + self.states
+        pieces, states = self._measured
+        return needed(self.model, pieces, policy, batch) + states
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -366,8 +166,13 @@ class Headroom:
             ) from error
 
     def warn(self) -> None:
-        """Warns of a step that will not fit on a CPU, where systems end a process instead of refusing memory."""
-        if self.device.type == "cpu" and self.need(self.model.config.memory, self.batch) > self.free:
+        """Warns of a step that will not fit on a CPU, where systems end a process instead of refusing memory.
+
+        Only where it may be: measuring takes as long as a step.
+        """
+        if self.device.type != "cpu" or bound(self.model.config, self.batch) < self.free:
+            return
+        if self.need(self.model.config.memory, self.batch) > self.free:
             text = f"{self._request()} are free, so that the system may end the run; {self.advice()}"
             warnings.warn(text, InputWarning, stacklevel=2)
 
@@ -384,7 +189,9 @@ class Headroom:
         # The policies that give the same gradients, the fastest first.
         same = ["none", "reversible"] if self.model.config.reversible else ["none", "pass", "nested"]
         policies = same if Memory.parse(now).kind in EXACT else [now]
-        room = min(self.free, self.need(now, self.batch)) / MARGIN  # what did not fit is more than there is
+        room = min(self.free, self.need(now, self.batch)) / (
+            MARGIN_ON_CPU if self.device.type == "cpu" else MARGIN
+        )  # what did not fit is more than there is
         for policy in policies:
             if (num_bytes := self.need(policy, self.batch)) <= room:
                 return f"--model.memory {policy} would take about {_size(num_bytes)}"
