@@ -189,9 +189,8 @@ class Headroom:
         # The policies that give the same gradients, the fastest first.
         same = ["none", "reversible"] if self.model.config.reversible else ["none", "pass", "nested"]
         policies = same if Memory.parse(now).kind in EXACT else [now]
-        room = min(self.free, self.need(now, self.batch)) / (
-            MARGIN_ON_CPU if self.device.type == "cpu" else MARGIN
-        )  # what did not fit is more than there is
+        margin = MARGIN_ON_CPU if self.device.type == "cpu" else MARGIN
+        room = min(self.free, self.need(now, self.batch)) / margin  # what did not fit is more than there is
         for policy in policies:
             if (num_bytes := self.need(policy, self.batch)) <= room:
                 return f"--model.memory {policy} would take about {_size(num_bytes)}"
