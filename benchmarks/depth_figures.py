@@ -101,8 +101,9 @@ def steps(lines: Sequence[Line]) -> Figure:
         points = sorted((r["layers"], r["peak_mib"], r["seconds"]) for r in rows if r["policy"] == policy)
         if points:
             layers, peaks, seconds = zip(*points, strict=True)
-            grid[0].plot(layers, peaks, "o-", color=color, label=policy)
-            grid[1].plot(layers, seconds, "o-", color=color, label=policy)
+            style = {"color": color, "marker": "o", "ls": "--" if policy == "reversible" else "-"}  # it hides `pass`
+            grid[0].plot(layers, peaks, label=policy, **style)
+            grid[1].plot(layers, seconds, label=policy, **style)
     first = rows[0]
     what = f"{first['img_size']} pixels, batch {first['batch_size']}"
     grid[0].set(xscale="log", yscale="log", xlabel="layers", title=f"peak memory of a step, MiB ({what})")
@@ -110,6 +111,8 @@ def steps(lines: Sequence[Line]) -> Figure:
     for axes in grid:
         axes.set_xticks([20, 108, 1008], ["20", "108", "1,008"])
         axes.minorticks_off()
+    grid[0].set_yticks([200, 500, 1000, 2000, 5000], ["200", "500", "1,000", "2,000", "5,000"])
+    grid[1].set_yticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
     finish(grid)
     grid[0].legend(frameon=False, fontsize=9)
     return figure

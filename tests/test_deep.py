@@ -80,13 +80,19 @@ def test_all_depths_of_one_width_have_the_same_blocks():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"layers": 4, "max_parameters": 10**7}, "layers is 4.*each of the 5 blocks has one pass at least.*try 5"),
+        ({"layers": 4, "max_parameters": 10**7}, "layers is 4; it must be a whole number of at least 5"),
         ({"layers": 0, "max_parameters": 10**7}, "layers is 0"),
         ({"layers": 10.5, "max_parameters": 10**7}, "layers is 10.5; it must be a whole number"),
-        ({"layers": 1008, "max_parameters": 10**6}, "1008 layers of 32 channels.*enough for 205 layers"),
+        ({"layers": 1008, "max_parameters": 10**6}, "1008 layers of 32 channels have.*enough for 205 layers"),
         ({"layers": 20, "max_parameters": 10}, "the smallest model, of 5 layers, has 685,177"),
-        ({"layers": 20, "max_parameters": 10**6, "embed_dim": 50}, "50.*heads|embed_dim"),
+        (
+            {"layers": 20, "max_parameters": 10**6, "embed_dim": 50},
+            "embed_dim is 50, which forms no heads of about 32 .*: try 64",
+        ),
         ({"layers": 20, "max_parameters": 10**6, "embed_dim": 0}, "embed_dim is 0"),
+        ({"layers": 20, "max_parameters": 10**6, "embed_dim": 8}, "embed_dim is 8.*try 32"),
+        ({"layers": 20, "max_parameters": "10M"}, "max_parameters is '10M'; it must be a whole number"),
+        ({"layers": 20, "max_parameters": float("inf")}, "max_parameters is inf; it must be a whole number"),
     ],
 )
 def test_what_cannot_be_names_the_nearest_that_can(asked, message):

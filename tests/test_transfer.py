@@ -134,6 +134,19 @@ def test_what_does_not_fit_is_refused(changes, message):
         transfer(SReT(replace(deep(4), **changes)), source.state_dict(), source.config)
 
 
+def test_without_coefficients_a_step_cannot_be_made_longer():
+    source = SReT(deep(4, learnable_residual=False))
+    transfer(SReT(deep(8, learnable_residual=False)), source.state_dict(), source.config)
+    config = deep(8, learnable_residual=False, residual_scale="one")
+    with pytest.raises(InputError, match="set residual_scale to 'passes' in both"):
+        transfer(SReT(config), source.state_dict(), source.config)
+
+
+def test_a_folder_is_answered_with_the_file_in_it(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder; name a file of weights in it, such as .*best\.safetensors"):
+        read_source(tmp_path, deep(4))
+
+
 def test_training_begins_with_the_weights_of_another_depth_and_says_so(tmp_path, capsys):
     shallow = deep(2, in_chans=1, num_classes=10)
     recipe = TrainConfig(model=shallow, epochs=1, batch_size=256, warmup_epochs=0)

@@ -38,6 +38,7 @@ RECIPE = TrainConfig(
     augmentation=Augmentation(geometry="affine", flip=False),
 )
 ADAM = replace(RECIPE, optimizer="adamw", learning_rate=1e-3, layer_decay=0.8, freeze=("stem",))
+DEEPER = ((4, 2, 2, 1, 2, 4, 1, 2, 1, 4, 2), (1,) * 8)
 POLICIES = ("pass", "nested", "reversible", "truncated:2")
 LAYOUTS = {
     "ddp": Launch(),
@@ -55,7 +56,9 @@ def recipe_of(name: str) -> TrainConfig:
     """The parts of an accumulated step have BatchNorm statistics of their own, unless the stem is frozen."""
     policy = name.partition("_")[2]
     if policy in POLICIES:
-        return replace(RECIPE, model=replace(MODEL, memory=policy, reversible=policy == "reversible"))
+        deeper = [replace(stage, groups=groups) for stage, groups in zip(MODEL.stages, DEEPER, strict=True)]
+        model = replace(MODEL, stages=tuple(deeper), residual_scale="passes")
+        return replace(RECIPE, model=replace(model, memory=policy, reversible=policy == "reversible"))
     if name.endswith("bf16"):
         return replace(RECIPE, mixed_precision="bf16")
     return replace(RECIPE, freeze=("stem",)) if name.endswith("accumulated") else RECIPE

@@ -44,8 +44,9 @@ class StageConfig:
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
         object.__setattr__(self, "groups", tuple(self.groups))
-        for num_groups in self.groups:
-            check_integer(f"a pass of groups {self.groups}", num_groups, at_least=1)
+        for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are alike
+            if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
+                check_integer(f"a pass of groups {self.groups}", num_groups, at_least=1)
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "
@@ -70,11 +71,11 @@ class StageConfig:
 
     def check(self, num_tokens: int) -> None:
         """Raises `InputError` if `num_tokens` cannot form the slices of some pass."""
-        for recursion, num_groups in enumerate(self.groups):
-            try:
-                slice_lengths(num_tokens, num_groups)
-            except InputError as error:
-                raise InputError(f"groups {self.groups}, pass {recursion + 1}: {error}") from None
+        most = max(self.groups)
+        try:
+            slice_lengths(num_tokens, most)
+        except InputError as error:
+            raise InputError(f"groups {self.groups}, pass {self.groups.index(most) + 1}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,9 @@ def check_memory(policy: str, is_reversible: bool) -> None:
             "take 'nested', the leanest for one stream"
         )
     if is_reversible and kind not in ("none", "reversible"):
-        raise InputError(f"memory {policy!r} is for models of one stream; a reversible one has 'reversible' or 'none'")
+        raise InputError(
+            f"memory {policy!r} is for models of one stream; with reversible=true set memory to 'reversible' or 'none'"
+        )
 
 
 def check_integer(name: str, value: object, at_least: int) -> None:

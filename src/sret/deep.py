@@ -1,9 +1,10 @@
 """Models of any depth within a budget of parameters: few distinct blocks, each applied many times.
 
 A layer is one pass of attention and MLP. Depth lies where it costs least: a 64th of the layers in the first stage, a
-quarter in the second, the rest in the third, where tokens are fewest. A layer costs about as many multiply-adds in
-each stage (channels double where tokens become a quarter), but its input takes a quarter, and a sixteenth, of the
-memory. Nothing is sliced: attention over so few tokens is a small part.
+quarter in the second, the rest in the third, where tokens are fewest. The linear layers of a pass take as many
+multiply-adds in each stage (channels double where tokens become a quarter), but attention makes a pass of the first
+stage two to three times as dear, and its input takes twice and four times the memory. Nothing is sliced: of all passes
+together attention is a tenth.
 """
 
 from collections.abc import Callable
@@ -43,13 +44,10 @@ def deep_config(
 
     Raises `InputError` naming the nearest that can be, if there is no such model.
     """
-    check_integer("layers", layers, at_least=0)
+    check_integer("layers", layers, at_least=FEWEST_LAYERS)
+    check_integer("max_parameters", max_parameters, at_least=1)
     if embed_dim is not None:
-        check_integer("embed_dim", embed_dim, at_least=2)
-    if layers < FEWEST_LAYERS:
-        raise InputError(
-            f"layers is {layers}; each of the {FEWEST_LAYERS} blocks has one pass at least: try {FEWEST_LAYERS}"
-        )
+        _check_width(embed_dim)
 
     def config(dim: int, ratio: float, layers: int = layers) -> ModelConfig:
         stages = tuple(
@@ -82,7 +80,7 @@ def deep_config(
     dim = embed_dim or HEAD_DIM
     if parameters(dim, LEAST_RATIO) > max_parameters:
         raise InputError(
-            f"{layers} layers of {dim} channels and more have {parameters(dim, LEAST_RATIO):,} parameters or more, and "
+            f"{layers} layers of {dim} channels have {parameters(dim, LEAST_RATIO):,} parameters or more, and "
             f"max_parameters is {max_parameters:,}; {_nearest(layers, max_parameters, slimmest)}"
         )
     while embed_dim is None and parameters(dim + HEAD_DIM, LEAST_RATIO) <= max_parameters:
@@ -94,6 +92,17 @@ def deep_config(
     return config(dim, few / 100)
 
 
+def _check_width(embed_dim: int) -> None:
+    """Raises `InputError` for channels that do not form heads of about 32 in all three stages."""
+    check_integer("embed_dim", embed_dim, at_least=1)
+    dims = [embed_dim * 2**i for i in range(len(BLOCKS))]
+    if embed_dim * LEAST_RATIO < 1 or any(dim % max(1, dim // HEAD_DIM) for dim in dims):
+        near = max(HEAD_DIM, round(embed_dim / HEAD_DIM) * HEAD_DIM)
+        raise InputError(
+            f"embed_dim is {embed_dim}, which forms no heads of about {HEAD_DIM} channels in each stage: try {near}"
+        )
+
+
 def _nearest(layers: int, max_parameters: int, slimmest: Callable[[int], ModelConfig]) -> str:
     """The most layers that the slimmest model has within a budget."""
     few, many = FEWEST_LAYERS - 1, layers
@@ -102,7 +111,7 @@ def _nearest(layers: int, max_parameters: int, slimmest: Callable[[int], ModelCo
         fits = model_cost(slimmest(middle)).parameters <= max_parameters
         few, many = (middle, many) if fits else (few, middle - 1)
     if few < FEWEST_LAYERS:
-        return f"the smallest model, of {FEWEST_LAYERS} layers, has {model_cost(slimmest(5)).parameters:,}"
+        return f"the smallest model, of {FEWEST_LAYERS} layers, has {model_cost(slimmest(FEWEST_LAYERS)).parameters:,}"
     return f"that is enough for {few} layers"
 
 

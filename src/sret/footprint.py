@@ -7,8 +7,7 @@
 
 None of these numbers is guessed: a thin model of the same parts runs forward and backward, piece by piece, at a few
 batch sizes, while every tensor that comes into being is counted until it is freed. What kernels take for themselves is
-not seen, nor what an allocator leaves between tensors: of small models and leaner policies up to half is missed
-(docs/results/depth.md).
+not seen, nor what an allocator leaves between tensors, which for small models and lean policies may be as much again.
 """
 
 import weakref

@@ -27,7 +27,9 @@ from sret.layers import (
     Recursion,
     ReversibleRecursion,
 )
+from sret.layers.context import autocast_dtype
 from sret.layers.linear import LAYER_NORM_EPS
+from sret.layers.memory import least_slots
 
 
 class Stage(nn.Module):
@@ -62,6 +64,8 @@ class Stage(nn.Module):
         x = self.pool(x)
         H, W = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, N, C), contiguous
+        if autocast_dtype(x) is not None:  # half precision would round small steps of the stream away
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         for recursion in self.recursions:
             assert isinstance(recursion, Recursion)
             # Drawn out here, so that a recomputed pass sees the permutation of the first time.
@@ -199,11 +203,11 @@ class SReT(nn.Module):
         check_memory(policy, self.config.reversible)
         self.config = replace(self.config, memory=policy)
         memory = Memory.parse(policy)
-        # Of a budget, all recursions take parts that hold equally many inputs for the square root of their passes.
+        # Of a budget, recursions take parts in proportion to the least that they can do with.
         parts = {}
         for stage, config, (H, W) in zip(self.stages, self.config.stages, self.config.grids(), strict=True):
             assert isinstance(stage, Stage)
-            parts.update(dict.fromkeys(stage.recursions, H * W * config.embed_dim * config.num_passes**0.5))
+            parts.update(dict.fromkeys(stage.recursions, H * W * config.embed_dim * least_slots(config.num_passes)))
         for recursion, part in parts.items():
             assert isinstance(recursion, Recursion)
             recursion.memory, recursion.memory_share = memory, part / sum(parts.values())

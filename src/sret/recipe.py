@@ -227,7 +227,7 @@ def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the weights of a run, of a recipe as plain values: all but how backward saves memory exactly."""
     model = recipe["model"]
     if Memory.parse(model.get("memory", "none")).kind in EXACT:
-        model = {key: value for key, value in model.items() if key != "memory"}
+        model = {**model, "memory": "exact"}
     return {**recipe, "model": model}
 
 

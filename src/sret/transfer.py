@@ -9,6 +9,7 @@ A block applied R times is taken for a path that R steps divide. In R' passes th
 - Projections of another width than the source's start afresh and silent, with beta = 0.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
     `config`, of the model that shall have them, decides where the file does not say: slices leave no trace in weights.
     Raises `InputError` if the file cannot be read safely, or is of no model.
     """
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; name a file of weights in it, such as {Path(path) / 'best.safetensors'}")
     if Path(path).suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
@@ -82,6 +85,14 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         if taken not in state_dict:
             continue  # the check of keys will say so
         value = state_dict[taken]
+        is_as_far = math.isclose(
+            target.residual_factor(after) * after.num_passes, source.residual_factor(before) * before.num_passes
+        )
+        if not (target.learnable_residual or is_as_far):
+            raise InputError(
+                f"without learnable coefficients {after.num_passes} passes do not walk as far as {before.num_passes} "
+                "did in the weights' model; set residual_scale to 'passes' in both, or learnable_residual to true"
+            )
         factors = source.residual_factor(before), target.residual_factor(after)
         adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
     load_pretrained(model, adapted)

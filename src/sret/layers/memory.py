@@ -3,7 +3,8 @@
     none         everything; no pass is computed twice
     pass         the input of every pass
     nested       the inputs of few passes; between them passes are computed again, most of them twice
-    reversible   nothing: a two-stream recursion computes its inputs from its outputs (`sret.layers.reversible`)
+    reversible   the outputs: a two-stream recursion computes its inputs from them (`sret.layers.reversible`); and the
+                 state of the dice, 5 KB, at every turn at which some were cast
     truncated:k  everything of the last k passes of each recursion, and nothing of those before
 
 All but the last give the same gradients. `truncated` is another gradient: that of a recursion whose first passes add
@@ -28,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from sret.errors import InputError, nearest
-from sret.layers.context import autocast_dtype
+from sret.layers.context import autocast_dtype, is_transformed
 
 MemoryKind = Literal["none", "pass", "nested", "reversible", "truncated"]
 EXACT: tuple[str, ...] = ("none", "pass", "nested", "reversible")
@@ -60,7 +61,7 @@ class Memory:
         """
         kind, colon, argument = str(text).partition(":")
         if kind not in get_args(MemoryKind):
-            raise InputError(f"memory {text!r} is not a policy{nearest(kind, get_args(MemoryKind))}; {_POLICIES}")
+            raise InputError(f"memory {text!r} is not a policy; {_POLICIES}{nearest(kind, get_args(MemoryKind))}")
         if kind == "truncated":
             if not re.fullmatch(r"[1-9]\d*", argument):
                 raise InputError(f"memory {text!r} needs a number of passes, at least 1, such as 'truncated:4'")
@@ -68,7 +69,7 @@ class Memory:
         if kind == "nested" and colon:
             found = re.fullmatch(r"([1-9]\d*) ?(KiB|MiB|GiB)", argument)
             if not found:
-                raise InputError(f"memory {text!r} needs a number and a unit, such as 'nested:512MiB'")
+                raise InputError(f"memory {text!r} needs a whole number and KiB, MiB or GiB, such as 'nested:512MiB'")
             return cls("nested", budget=int(found[1]) * UNITS[found[2]])
         if colon:
             raise InputError(f"memory {text!r}: {kind!r} stands alone")
@@ -84,12 +85,12 @@ class Memory:
         if self.budget is None:
             return fewest_slots(num_passes, REPEATS)
         slots = min(num_passes, int(self.budget * share) // num_bytes)
-        least = fewest_slots(num_passes, num_passes.bit_length())  # the logarithm of both
+        least = least_slots(num_passes)
         if slots < least:
             needed = -(-least * num_bytes / share // UNITS["MiB"])
             raise InputError(
-                f"memory 'nested:{_size(self.budget)}' holds {slots} of the inputs of {num_passes} passes, and {least} "
-                f"are the least; the nearest that can be is 'nested:{needed:.0f}MiB', or a smaller batch"
+                f"memory 'nested:{_size(self.budget)}' holds {slots} inputs of a recursion of {num_passes} passes, "
+                f"which needs {least} at least; the nearest that can be is 'nested:{needed:.0f}MiB', or a smaller batch"
             )
         return slots
 
@@ -114,6 +115,11 @@ def fewest_slots(num_steps: int, repeats: int) -> int:
     return min(slots, num_steps)
 
 
+def least_slots(num_passes: int) -> int:
+    """What a budget must hold at least: fewer inputs than the logarithm of the passes would take too many repeats."""
+    return fewest_slots(num_passes, num_passes.bit_length())
+
+
 @lru_cache(maxsize=65536)
 def split(num_steps: int, slots: int) -> int:
     """After how many of the steps the next input is kept, the first one being kept already.
@@ -123,15 +129,11 @@ def split(num_steps: int, slots: int) -> int:
     repeats = 1
     while comb(slots + repeats, repeats) < num_steps:
         repeats += 1
-    # The second part has one slot less and as many repeats; the first as many slots and one repeat less.
-    first = comb(slots + repeats - 1, repeats - 1)
-    return max(
-        1, min(first, num_steps - 1, max(num_steps - comb(slots + repeats - 1, repeats), _least(slots, repeats)))
-    )
-
-
-def _least(slots: int, repeats: int) -> int:
-    return comb(slots + repeats - 2, repeats - 2) if repeats >= 2 else 1
+    # The second part, of one slot less, may be repeated as often; the first, whose steps are run once to get there,
+    # once less. A first part shorter than what two repeats less can do would leave the worth of its slots unused.
+    longest_second, longest_first = comb(slots + repeats - 1, repeats), comb(slots + repeats - 1, repeats - 1)
+    shortest_first = comb(slots + repeats - 2, repeats - 2) if repeats > 1 else 1
+    return min(max(num_steps - longest_second, shortest_first), longest_first, num_steps - 1)
 
 
 def places(num_steps: int, slots: int) -> list[int]:
@@ -152,12 +154,16 @@ class Chain:
     Args:
         step: what a step makes of its input.
         list_weights: tells which weights each step uses; asked again in backward, to notice that they are others.
+        owner: whose mode, training or evaluation, must be the same in backward.
     """
 
     def __init__(
-        self, step: Callable[[int, Tensor], Tensor], list_weights: Callable[[], Sequence[Sequence[nn.Parameter]]]
+        self,
+        step: Callable[[int, Tensor], Tensor],
+        list_weights: Callable[[], Sequence[Sequence[nn.Parameter]]],
+        owner: nn.Module,
     ) -> None:
-        self.step, self.list_weights = step, list_weights
+        self.step, self.list_weights, self.owner = step, list_weights, owner
         self.weights = list_weights()
 
     def __len__(self) -> int:
@@ -200,6 +206,7 @@ class Replay:
         self.chain, self.weights = chain, chain.trained()
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.used: set[nn.Parameter] = set()
+        self.is_training = chain.owner.training
         self._device, self._dtype = x.device.type, autocast_dtype(x)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -217,14 +224,25 @@ class Replay:
                 "the weights of a recursion were replaced, frozen or freed between forward and backward, so that its "
                 "passes cannot be computed again; use memory 'none'"
             )
+        if self.chain.owner.training != self.is_training:
+            raise RuntimeError(
+                "a recursion went from training to evaluation, or back, between forward and backward, so that its "
+                "passes would be others when computed again; use memory 'none'"
+            )
         # All at once: between the activations of passes they would keep the allocator from using those again (a
         # thousand layers then took three times the memory).
         self.sums = {weight: torch.zeros_like(weight) for weight in self.weights}
+        # Hooks of weights are for their whole gradient, which autograd hands them after this backward.
+        hooks = [(weight, weight._backward_hooks) for weight in self.weights if weight._backward_hooks]
+        for weight, _ in hooks:
+            weight._backward_hooks = None
         dice = Dice(x)
         try:
             yield
         finally:
             dice.restore()
+            for weight, hook in hooks:
+                weight._backward_hooks = hook
 
     def step(self, i: int, x: Tensor, grad: Tensor, is_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
         """Step i with its gradient: what it answers, and the gradient of x from that of the answer, if wanted."""
@@ -234,9 +252,26 @@ class Replay:
         weights = self.chain.trained(slice(i, i + 1))
         if not y.requires_grad:
             return y, None
+        self._check_leaves(y, x)
         found = torch.autograd.grad(y, [*weights, *([x] if is_wanted else [])], grad, allow_unused=True)
         self._add(weights, found[: len(weights)])
         return y.detach(), found[-1] if is_wanted else None
+
+    def _check_leaves(self, y: Tensor, x: Tensor) -> None:
+        """Raises `RuntimeError` for a step on what is no weight of the recursion, which would get no gradient."""
+        known, seen, left = {id(x), *map(id, self.weights)}, set(), [y.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise RuntimeError(
+                    f"a pass uses a tensor of shape {tuple(leaf.shape)} that wants a gradient and is no parameter of "
+                    "the recursion, so that it would get none; make it one, or use memory 'none'"
+                )
+            left += [function for function, _ in node.next_functions]
 
     def _add(self, weights: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         found = [(w, gradient) for w, gradient in zip(weights, gradients, strict=True) if gradient is not None]
@@ -248,6 +283,11 @@ class Replay:
         """In the order of the weights; None for one that no step has used. They are let go: autograd copies others."""
         sums, self.sums = self.sums, {}
         return [sums[weight] if weight in self.used else None for weight in self.weights]
+
+
+def is_replayable(x: Tensor) -> bool:
+    """Whether computing again makes sense: not for torch.func, nor for tensors without values (meta, fake)."""
+    return type(x) in (Tensor, nn.Parameter) and not x.is_meta and not is_transformed()
 
 
 @torch.compiler.disable  # a backward that runs forwards cannot be traced; the steps may be compiled
@@ -263,12 +303,12 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, slots: int, x: Tensor, *weights: Tensor) -> Tensor:
         ctx.replay, ctx.slots, ctx.kept = Replay(chain, x), slots, []
-        keep = set(places(len(chain), slots))
+        keep, first = set(places(len(chain), slots)), x
         for i in range(len(chain)):
             if i in keep:
                 ctx.kept.append((i, x, ctx.kept[-1][2].now(x) if ctx.kept else Dice(x)))
             x = chain.step(i, x)
-        ctx.save_for_backward(*weights)  # torch notices if they are changed in place
+        ctx.save_for_backward(first, *weights)  # torch notices if they are changed in place
         return x
 
     @staticmethod

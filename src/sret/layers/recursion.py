@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from sret.errors import InputError
 from sret.layers.block import Block, one_pass
-from sret.layers.context import is_transformed
-from sret.layers.memory import Chain, Memory, recomputed, without_gradient
+from sret.layers.memory import Chain, Memory, is_replayable, recomputed, without_gradient
 from sret.layers.permute import Permutation
 from sret.layers.straight import StraightPasses
 
@@ -61,8 +60,8 @@ class Recursion(nn.Module):
             return self._pass(self.block, projections[i], x, self.groups[i], permutations[i])
 
         first, num_passes = 0, len(self.groups)
-        if torch.is_grad_enabled() and self.memory.kind != "none" and not is_transformed():
-            chain = Chain(one, self.weights_by_pass)
+        if torch.is_grad_enabled() and self.memory.kind != "none" and is_replayable(x):
+            chain = Chain(one, self.weights_by_pass, self)
             if self.memory.passes is None:
                 slots = self.memory.slots(num_passes, x.element_size() * x.numel(), self.memory_share)
                 return recomputed(chain, slots, x)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sret.errors import InputError
 from sret.layers.block import Block
-from sret.layers.context import is_transformed
-from sret.layers.memory import SPENT, Chain, Dice, Replay
+from sret.layers.memory import SPENT, Chain, Dice, Replay, is_replayable
 from sret.layers.permute import Permutation
 from sret.layers.recursion import CompiledPass, Recursion
 from sret.layers.residual import LearnableResidual
@@ -34,7 +34,11 @@ def change(residual: LearnableResidual, x: Tensor, *args: Any) -> Tensor:
 
 
 class ReversibleRecursion(Recursion):
-    """Two streams through the passes of a block; residuals must have no coefficient of the stream."""
+    """Two streams through the passes of a block; residuals must have no coefficient of the stream.
+
+    Changes are computed without calling the block, its halves or the projections: their hooks hear nothing. Raises
+    `InputError` in forward for a projection that is no residual.
+    """
 
     def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
         super().__init__(block, groups, projections)
@@ -45,13 +49,19 @@ class ReversibleRecursion(Recursion):
         turns: list[tuple[LearnableResidual, tuple[Any, ...]]] = []
         for num_groups, permutation, projection in zip(self.groups, permutations, self.projections, strict=True):
             turns += [(self.block.attn, (num_groups, permutation)), (self.block.mlp, ())]
-            turns += [(projection, ())] if isinstance(projection, LearnableResidual) else []
+            if isinstance(projection, LearnableResidual):
+                turns.append((projection, ()))
+            elif not isinstance(projection, nn.Identity):
+                raise InputError(
+                    "a reversible recursion adds its projections to a stream, so that they must be residuals, such as "
+                    f"NonLinearProjection, or nn.Identity, not {type(projection).__name__}"
+                )
 
         def turn(i: int, x: Tensor) -> Tensor:
             return self._change(turns[i][0], x, *turns[i][1])
 
-        if torch.is_grad_enabled() and self.memory.kind == "reversible" and not is_transformed():
-            return reversibly(Chain(turn, lambda: [list(residual.parameters()) for residual, _ in turns]), x)
+        if torch.is_grad_enabled() and self.memory.kind == "reversible" and is_replayable(x):
+            return reversibly(Chain(turn, lambda: [list(residual.parameters()) for residual, _ in turns], self), x)
         streams = [x, x]
         for i in range(len(turns)):
             streams[i % 2] = streams[i % 2] + turn(i, streams[1 - i % 2])
