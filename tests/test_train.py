@@ -486,10 +486,15 @@ def test_accumulation_computes_the_same_step(tmp_path):
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
 
-def test_recomputing_activations_changes_nothing(whole, tmp_path):
-    train(replace(RECIPE, model=replace(MODEL, memory="nested")), tmp_path / "run")
-    expected = weights(whole)
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(tmp_path / "run").items())
+@pytest.mark.parametrize("memory", ["pass", "nested"])
+def test_recomputing_passes_changes_nothing_but_rounding(tmp_path, memory):
+    """Without gradients a pass takes kernels that round otherwise in float32; test_memory.py has float64."""
+    recipe = replace(RECIPE, optimizer="sgd", learning_rate=1e-2)
+    train(recipe, tmp_path / "plain", max_steps=3)
+    train(replace(recipe, model=replace(MODEL, memory=memory)), tmp_path / "other", max_steps=3)
+    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_trackers_receive_the_metrics(tmp_path):
