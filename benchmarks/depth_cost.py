@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from depth import add
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -158,11 +158,6 @@ def compiling(options: argparse.Namespace) -> None:
             )
             line = {"kind": "compile", "layers": layers, "policy": policy, "seconds": round(first - later, 2)}
             add(options.out, {**line, "step_seconds": round(later, 3), **versions()})
-
-
-def add(out: Path, line: dict[str, Any]) -> None:
-    with out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

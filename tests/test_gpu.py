@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_config
+from test_memory import gradients
 from test_train import RECIPE
 
 from sret import SReT, fuse
@@ -41,16 +42,9 @@ def test_compiled_passes_train_as_plain_ones(tmp_path: Path, memory):
 def test_gradients_are_those_of_no_policy(policy):
     config = small_config(drop_path_rate=0.4, reversible=policy == "reversible")
     model, images = SReT(config).cuda().double().train(), torch.randn(4, 3, 64, 80).cuda().double()
-    found = []
-    for name in ("none", policy):
-        model.set_memory(name)
-        model.zero_grad()
-        torch.manual_seed(5)
-        model.permuter.load_state_dict({"seed": 1, "count": 0})
-        model(images).square().sum().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6)
+    expected, *_ = gradients(model, "none", images)
+    found, *_ = gradients(model, policy, images)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])

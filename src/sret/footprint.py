@@ -128,8 +128,7 @@ def _run(thin: SReT, batch: int, autocast: Precision) -> dict[Any, tuple[int, in
     x = run("stem", lambda _: thin.pos_embed(thin.stem(torch.zeros(shape, device=device))), torch.empty(0))
     for i, (stage, (H, W)) in enumerate(zip(thin.stages, thin.config.grids(), strict=True)):
         assert isinstance(stage, Stage)
-        x = run((i, "pool"), stage.pool, x)
-        x = x.detach().flatten(2).transpose(1, 2).requires_grad_(x.requires_grad)  # (B, N, C)
+        x = run((i, "pool"), lambda x, stage=stage: stage.tokens(x)[0], x)  # type: ignore[misc]
         found[i, "input"] = (x.nbytes, x.nbytes)
         (recursion,) = stage.recursions
         assert isinstance(recursion, Recursion)

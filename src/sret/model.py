@@ -60,12 +60,17 @@ class Stage(nn.Module):
             for drop_path_rate in drop_path_rates
         )
 
-    def forward(self, x: Tensor, permuter: Permuter) -> Tensor:
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C, H, W) -> (B, N, C') and the grid (H', W'): what the first recursion gets."""
         x = self.pool(x)
         H, W = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, N, C), contiguous
+        x = x.flatten(2).transpose(1, 2)  # contiguous
         if autocast_dtype(x) is not None:  # half precision would round small steps of the stream away
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x, (H, W)
+
+    def forward(self, x: Tensor, permuter: Permuter) -> Tensor:
+        x, (H, W) = self.tokens(x)
         for recursion in self.recursions:
             assert isinstance(recursion, Recursion)
             # Drawn out here, so that a recomputed pass sees the permutation of the first time.
@@ -208,9 +213,10 @@ class SReT(nn.Module):
         for stage, config, (H, W) in zip(self.stages, self.config.stages, self.config.grids(), strict=True):
             assert isinstance(stage, Stage)
             parts.update(dict.fromkeys(stage.recursions, H * W * config.embed_dim * least_slots(config.num_passes)))
+        total = sum(parts.values())
         for recursion, part in parts.items():
             assert isinstance(recursion, Recursion)
-            recursion.memory, recursion.memory_share = memory, part / sum(parts.values())
+            recursion.memory, recursion.memory_share = memory, part / total
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

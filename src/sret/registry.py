@@ -8,10 +8,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from sret import drive, weights
+from sret import drive
 from sret.config import ModelConfig
 from sret.errors import InputError, nearest
 from sret.model import SReT
+from sret.transfer import read_source, transfer
 from sret.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 
@@ -53,7 +54,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
         model = SReT(replace(cfg, **options))
         if path:  # here, since timm prunes what `features_only` does not need
-            weights.load_pretrained(model, weights.read(path, cfg))
+            transfer(model, *read_source(path, cfg))
         return model
 
     return build_model_with_cfg(

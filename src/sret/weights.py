@@ -24,7 +24,7 @@ from sret.config import ModelConfig
 from sret.errors import InputError, InputWarning, some
 from sret.layers.position import resize
 from sret.model import SReT
-from sret.reading import StateDict, read_pickle, read_safetensors
+from sret.reading import StateDict, read_pickle
 from sret.variants import PUBLISHED, config_of
 
 _STEM = {f"patch_embed.{name}.": f"stem.{name}." for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
@@ -212,14 +212,6 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
     model = SReT(config)
     model.load_state_dict(from_official(state_dict, config))
     return model.eval()
-
-
-def read(path: str | os.PathLike[str], config: ModelConfig) -> StateDict:
-    """Our state dict of a file in either format: safetensors of ours, or a file of the authors' for `config`."""
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    state_dict, _ = read_official(path)
-    return from_official(state_dict, fitted(config, state_dict))
 
 
 def fitted(config: ModelConfig, official: Mapping[str, Tensor]) -> ModelConfig:

@@ -35,7 +35,7 @@ MemoryKind = Literal["none", "pass", "nested", "reversible", "truncated"]
 EXACT: tuple[str, ...] = ("none", "pass", "nested", "reversible")
 
 # How often `nested` runs a pass at most before the run that gradients go through, if no budget says otherwise: about
-# 1.25 times the time of `pass`, and the square root of twice the number of passes kept.
+# 1.3 times the time of `pass`, and the square root of twice the number of passes kept.
 REPEATS = 2
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
