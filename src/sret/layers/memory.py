@@ -286,8 +286,8 @@ class Replay:
 
 
 def is_replayable(x: Tensor) -> bool:
-    """Whether computing again makes sense: not for torch.func, nor for tensors without values (meta, fake)."""
-    return type(x) in (Tensor, nn.Parameter) and not x.is_meta and not is_transformed()
+    """Whether computing again makes sense: not for torch.func, nor for fake tensors, whose dice have no state."""
+    return type(x) in (Tensor, nn.Parameter) and not is_transformed()
 
 
 @torch.compiler.disable  # a backward that runs forwards cannot be traced; the steps may be compiled
