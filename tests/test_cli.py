@@ -196,7 +196,8 @@ def test_weights_to_start_from_are_read_as_carefully(content, sret, tmp_path):
         torch.save({"model": {}, "args": Evil()}, path)
     code, _, err = sret("train", "--config", DIGITS, "--out", tmp_path / "x", "--init", path)
     assert code == 2
-    assert {"cut": "truncated", "foreign": "do not fit the model", "evil": "refused"}[content] in one_line(err)
+    foreign = "init.safetensors: the weights of stage 1 are of 1 block(s) of width 16"
+    assert {"cut": "truncated", "foreign": foreign, "evil": "refused"}[content] in one_line(err)
     assert not (tmp_path / "x").exists()
 
 

@@ -125,13 +125,25 @@ def test_a_published_file_goes_into_more_passes(tmp_path):
     [
         ({"reversible": True}, "of a model of one stream, and this one has two streams.*set reversible to false"),
         ({"stages": deep(4).stages[:1]}, "of 2 stages, and this model has 1"),
-        ({"stages": small_config().stages[:2]}, "do not fit the model"),
+        (
+            {"stages": small_config().stages[:2]},
+            r"stage 1 are of 2 block\(s\) of width 16 and 2 head\(s\), and this model has 1 block\(s\)",
+        ),
+        ({"stages": tuple(replace(stage, num_heads=4) for stage in deep(4).stages)}, "4 head"),
+        ({"stages": tuple(replace(stage, mlp_ratio=3.0) for stage in deep(4).stages)}, "do not fit the model"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
     source = SReT(deep(4))
     with pytest.raises(InputError, match=message):
         transfer(SReT(replace(deep(4), **changes)), source.state_dict(), source.config)
+
+
+def test_blocks_that_the_file_has_and_its_model_has_not_are_not_dropped_in_silence():
+    one = deep(4, stages=tuple(replace(stage, num_blocks=1) for stage in deep(4).stages))
+    for more, fewer in ((deep(4), one), (deep(8), deep(4))):
+        with pytest.raises(InputError, match=r"do not fit the model: unexpected stages\.0\.recursions"):
+            transfer(SReT(fewer), SReT(more).state_dict(), fewer)
 
 
 def test_without_coefficients_a_step_cannot_be_made_longer():

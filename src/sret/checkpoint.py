@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sret.config import ModelConfig
-from sret.errors import InputError, some
+from sret.errors import InputError, naming, some
 from sret.fuse import fuse
 from sret.model import SReT
 from sret.preprocess import Preprocessing
@@ -120,10 +120,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
     if spoilt:
         raise InputError(f"{path}: holds numbers that are not finite, in {some(spoilt)}; the file is damaged")
     model = fuse(SReT(card.config)) if card.is_fused else SReT(card.config)
-    try:
+    with naming(path):
         load_strictly(model, state_dict)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     return model.eval(), card
 
 

@@ -1,7 +1,8 @@
 """What a user can cause and mend: every message says what was given, what would work and what to do next."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -10,6 +11,15 @@ class InputError(ValueError):
 
 class InputWarning(UserWarning):
     """A guess was made that the user should know of."""
+
+
+@contextmanager
+def naming(subject: object) -> Iterator[None]:
+    """An `InputError` raised within says first what it is about: a file, a stage."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{subject}: {error}") from None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from sret import drive
 from sret.config import ModelConfig
 from sret.errors import InputError, nearest
 from sret.model import SReT
-from sret.transfer import read_source, transfer
+from sret.transfer import load_file
 from sret.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 
@@ -54,7 +54,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
         model = SReT(replace(cfg, **options))
         if path:  # here, since timm prunes what `features_only` does not need
-            transfer(model, *read_source(path, cfg))
+            load_file(model, path, cfg)
         return model
 
     return build_model_with_cfg(

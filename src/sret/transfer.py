@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sret.checkpoint import METADATA_KEY, read_card
 from sret.config import ModelConfig, StageConfig
-from sret.errors import InputError
+from sret.errors import InputError, naming
 from sret.model import SReT
 from sret.reading import StateDict, read_safetensors
 from sret.variants import config_of
 from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
 
-_KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
+_KEY = re.compile(r"stages\.(\d+)\.recursions\.(\d+)\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 
 
 def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
@@ -46,10 +46,18 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
             raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
         return state_dict, card.config
     official, trained_as = read_official(path)
-    if not has_shapes_of(config, official):
-        config = config_of(identify(official, f"{trained_as or ''} {Path(path).name}"))
-    source = fitted(config, official)
-    return from_official(official, source), source
+    with naming(path):
+        if not has_shapes_of(config, official):
+            config = config_of(identify(official, f"{trained_as or ''} {Path(path).name}"))
+        source = fitted(config, official)
+        return from_official(official, source), source
+
+
+def load_file(model: SReT, path: str | os.PathLike[str], config: ModelConfig) -> list[str]:
+    """The weights of a file into a model: `read_source`, then `transfer`. Its errors name the file."""
+    state_dict, source = read_source(path, config)
+    with naming(path):
+        return transfer(model, state_dict, source)
 
 
 @torch.no_grad()
@@ -67,7 +75,10 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         )
     if len(source.stages) != len(target.stages):
         raise InputError(f"the weights are of {len(source.stages)} stages, and this model has {len(target.stages)}")
-    adapted = {key: value for key, value in state_dict.items() if not _KEY.fullmatch(key)}
+    for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
+        if (theirs := _blocks(before)) != (ours := _blocks(after)):
+            raise InputError(f"the weights of stage {i + 1} are of {theirs}, and this model has {ours}")
+    adapted = {key: value for key, value in state_dict.items() if not _is_walked(key, source)}
     silent = set()
     for key, fresh in expected.items():
         if not (match := _KEY.fullmatch(key)):
@@ -97,6 +108,19 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
     load_pretrained(model, adapted)
     return _report(source, target, silent)
+
+
+def _blocks(stage: StageConfig) -> str:
+    """What has to be equal: weights of as many heads of another width fit, but are another function."""
+    return f"{stage.num_blocks} block(s) of width {stage.embed_dim} and {stage.num_heads} head(s)"
+
+
+def _is_walked(key: str, source: ModelConfig) -> bool:
+    """Whether a key is of a block of `source`, or of a projection between its passes."""
+    if not (match := _KEY.fullmatch(key)) or int(match[1]) >= len(source.stages):
+        return False
+    stage = source.stages[int(match[1])]
+    return int(match[2]) < stage.num_blocks and int(match[3] or 0) < stage.num_passes
 
 
 def _is_alike(before: StageConfig, after: StageConfig) -> bool:

@@ -21,7 +21,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from sret.config import ModelConfig
-from sret.errors import InputError, InputWarning, some
+from sret.errors import InputError, InputWarning, naming, some
 from sret.layers.position import resize
 from sret.model import SReT
 from sret.reading import StateDict, read_pickle
@@ -206,11 +206,12 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
     Raises `InputError` if the file cannot be read safely, or fits no variant or not the one named.
     """
     state_dict, trained_as = read_official(path)
-    if variant is None:
-        variant = identify(state_dict, f"{trained_as or ''} {Path(path).name}")
-    config = fitted(config_of(variant), state_dict)
-    model = SReT(config)
-    model.load_state_dict(from_official(state_dict, config))
+    with naming(path):
+        if variant is None:
+            variant = identify(state_dict, f"{trained_as or ''} {Path(path).name}")
+        config = fitted(config_of(variant), state_dict)
+        model = SReT(config)
+        model.load_state_dict(from_official(state_dict, config))
     return model.eval()
 
 
