@@ -1,0 +1,175 @@
+"""What keeps a deep stack healthy? One thing changed at a time, trained on the digits.
+
+    OMP_NUM_THREADS=1 python benchmarks/depth_ways.py --layers 108 --runs RUNS --out results.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/depth_ways.py --layers 1008 --epochs 4 --runs RUNS --out results.jsonl
+
+Where coefficients begin and on which scale they are learned, where the norms stand, warm-up, clipping: each way is
+trained with recipes/digits_deep.yaml, changed in nothing else, and adds a line of JSON to --out. A run that is found in
+--runs is not trained again, and one that was cut off goes on. `--ways` takes some of them only, so that several
+processes share the work. A layer is one pass of attention and MLP.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import yaml
+from depth import DEPTHS, RECIPE, add, deep, digits, health
+from torch import Tensor, nn
+
+from sret import InputError, SReT
+from sret.augment import Augmentation
+from sret.checkpoint import load_weights
+from sret.config import ResidualScale
+from sret.evaluate import evaluate_on
+from sret.layers import LearnableResidual, Recursion
+from sret.layers.block import one_pass
+from sret.layers.straight import StraightPasses
+from sret.recipe import TrainConfig
+from sret.run import BEST, METRICS, versions
+from sret.train import train
+
+NormPlace = Literal["before", "on the branch", "on the stream"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How coefficients begin and are learned, where norms stand, and what restrains the first steps."""
+
+    scale: ResidualScale = "passes"
+    first_beta: Callable[[int], float] = lambda passes: 1.0
+    norm: NormPlace = "before"
+    warms_up: bool = True
+    clips: bool = True
+
+
+WAYS = {
+    "as chosen": Way(),
+    "as published": Way("one"),
+    "scale 1/sqrt(passes)": Way("sqrt"),
+    "as published, beta begins at 0": Way("one", lambda passes: 0.0),
+    "as published, beta begins at 1/sqrt(passes)": Way("one", lambda passes: passes**-0.5),
+    "as published, beta begins at 1/passes": Way("one", lambda passes: 1 / passes),
+    "norm on the branch": Way(norm="on the branch"),
+    "norm on the stream": Way(norm="on the stream"),
+    "as published, norm on the stream": Way("one", norm="on the stream"),
+    "no warm-up": Way(warms_up=False),
+    "no clipping": Way(clips=False),
+    "neither": Way(warms_up=False, clips=False),
+}
+
+
+def norm_on_branch(self: LearnableResidual, x: Tensor, *args: Any) -> Tensor:
+    """x <- alpha x + s beta norm(f(x))."""
+    return summed(self, x, self.norm(self.branch(x, *args)))
+
+
+def norm_on_stream(self: LearnableResidual, x: Tensor, *args: Any) -> Tensor:
+    """x <- norm(alpha x + s beta f(x)), as in the first transformer."""
+    return self.norm(summed(self, x, self.branch(x, *args)))
+
+
+def summed(residual: LearnableResidual, x: Tensor, y: Tensor) -> Tensor:
+    alpha, beta = residual.stream_factor(), residual.branch_factor()
+    assert alpha is not None
+    assert beta is not None
+    return alpha * x + beta * residual.drop_path(y)
+
+
+FORWARD = {
+    "before": LearnableResidual.forward,
+    "on the branch": norm_on_branch,
+    "on the stream": norm_on_stream,
+}
+
+
+@contextmanager
+def built(way: Way) -> Iterator[None]:
+    """Every model made within begins as `way` says, and has its norms there."""
+    make = SReT.__init__
+
+    def begin(self: SReT, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        for recursion in self.modules():
+            if isinstance(recursion, Recursion):
+                for part in recursion.modules():
+                    if isinstance(part, LearnableResidual) and part.beta is not None:
+                        nn.init.constant_(part.beta, way.first_beta(len(recursion.projections)))
+
+    def plain(self: StraightPasses, *args: Any) -> Tensor:  # a straight line would not call what is put in place here
+        return one_pass(*args)
+
+    with (
+        patch.object(SReT, "__init__", begin),
+        patch.object(LearnableResidual, "forward", FORWARD[way.norm]),
+        patch.object(StraightPasses, "__call__", plain),
+    ):
+        yield
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One way, from its first pass to the test pictures."""
+    way = WAYS[name]
+    config = deep(options.layers, way.scale)
+    values = yaml.safe_load(RECIPE.read_text())
+    values |= {"augmentation": Augmentation(**values["augmentation"])}
+    warmup_epochs = values["warmup_epochs"] * options.epochs / values["epochs"]  # as large a part of the run
+    values |= {"epochs": options.epochs, "warmup_epochs": warmup_epochs if way.warms_up else 0}
+    if not way.clips:
+        del values["clip_grad"]
+    recipe = TrainConfig(**{**values, "model": config, "seed": options.seed})
+    out = options.runs / f"{options.layers}_{options.seed}_{name.translate(str.maketrans(' /,', '___'))}"
+    with built(way):
+        torch.manual_seed(options.seed)
+        first = health(SReT(config), *digits(config))
+        line = {
+            "kind": "way",
+            "layers": config.depth,
+            "way": name,
+            "seed": options.seed,
+            "epochs": options.epochs,
+            "activation": [rounded(first["activation"][i]) for i in (0, -1)],
+            "gradient": [rounded(first["gradient"][i]) for i in (0, -1)],
+            "weights_gradient": rounded(first["weights_gradient"][0]),
+        }
+        try:
+            train(recipe, out, resume="auto")
+        except InputError as error:  # not finite
+            return {**line, "lost": str(error), **versions()}
+        model, card = load_weights(out / BEST)
+        tested = evaluate_on(model, card)[0]
+    rows = [json.loads(row) for row in (out / METRICS).read_text().splitlines()]
+    kept = ("epoch", "train_loss", "val_loss", "val_top1")
+    line["rows"] = [{key: round(row[key], 4) for key in kept} for row in rows]
+    return {**line, "test_top1": round(tested.top1, 2), **versions()}
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, choices=DEPTHS, default=108)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    lines = [measure(name, options) for name in options.ways]
+    for line in lines:
+        a, g = line["activation"], line["gradient"]
+        answer = "lost" if "lost" in line else f"{line['test_top1']:.2f} %"
+        print(f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {answer}")
+        add(options.out, line)
+
+
+if __name__ == "__main__":
+    main()
