@@ -163,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    lines = [measure(name, options) for name in options.ways]
-    for line in lines:
+    for name in options.ways:
+        line = measure(name, options)
         a, g = line["activation"], line["gradient"]
         answer = "lost" if "lost" in line else f"{line['test_top1']:.2f} %"
         print(f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {answer}")
