@@ -1,7 +1,8 @@
-"""What depth costs: peak memory and time of a step under every policy, and the time to compile.
+"""What depth costs: peak memory and time of a step under every policy, the time to compile, and to load an export.
 
     python benchmarks/depth_cost.py steps --out steps.jsonl [--img_size 224] [--batch_size 8] [--layers 20,108,1008]
     python benchmarks/depth_cost.py compile --out compile.jsonl
+    python benchmarks/depth_cost.py export --out export.jsonl [--layers 20,108,1008]
 
 All depths have the width of sret_deep_1008, so that a pass costs the same in all. A step is forward and backward, after
 gradients were let go. Peaks are taken in a process of their own each; times in turns in one process, depth by depth,
@@ -27,8 +28,12 @@ from rich.table import Table
 from torch import Tensor
 
 from sret import ModelConfig, SReT
+from sret.checkpoint import Card
 from sret.deep import deep_config
+from sret.export import export_model
+from sret.exported import load_exported
 from sret.measure import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
+from sret.preprocess import Preprocessing
 from sret.run import versions
 from sret.variants import config_of
 
@@ -160,10 +165,50 @@ def compiling(options: argparse.Namespace) -> None:
             add(options.out, {**line, "step_seconds": round(later, 3), **versions()})
 
 
+def exporting(options: argparse.Namespace) -> None:
+    """Files for both engines: their size, and what a fresh process takes to load one and answer for one picture."""
+    for layers in map(int, options.layers.split(",")):
+        model = SReT(config_of(f"sret_deep_{layers}_32")).eval()
+        preprocessing = Preprocessing(img_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+        card = Card(config=model.config, preprocessing=preprocessing)
+        for suffix in (".onnx", ".xml"):
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                made = export_model(model, card, Path(folder) / f"deep{suffix}")
+                seconds = time.perf_counter() - started
+                command = [sys.executable, __file__, "load", "--file", str(made.path)]
+                found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            load_seconds, peak = json.loads(found.splitlines()[-1])
+            print(
+                f"{layers:5} layers for {made.engine:12} {made.size / MIB:6.1f} MiB, exported in {seconds:.0f} s; "
+                f"loaded and first answer {load_seconds:.1f} s, {peak / MIB:,.0f} MiB",
+                flush=True,
+            )
+            line = {"kind": "export", "layers": layers, "engine": made.engine, "mib": round(made.size / MIB, 2)}
+            line |= {"seconds": round(seconds, 1), "load_seconds": round(load_seconds, 2)}
+            add(options.out, {**line, "load_peak_mib": round(peak / MIB, 1), **versions()})
+
+
+def load(options: argparse.Namespace) -> None:
+    """In a process of its own: prints seconds until the first answer, and the bytes by which the process grew."""
+    seconds = 0.0
+
+    def answer() -> None:
+        nonlocal seconds
+        started = time.perf_counter()
+        model, card = load_exported(options.file)
+        model(torch.zeros(1, 3, *card.preprocessing.img_size))
+        seconds = time.perf_counter() - started
+
+    peak = peak_in_process(answer, calls=1)
+    print(json.dumps([seconds, peak]))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run in (("steps", steps), ("peak", peak), ("compile", compiling), ("first", first_step)):
+    runs = {"steps": steps, "peak": peak, "compile": compiling, "first": first_step, "export": exporting, "load": load}
+    for name, run in runs.items():
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         command.add_argument("--layers", default="20,108,1008")
@@ -172,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--batch_size", type=int, default=8)
         command.add_argument("--device", default="cpu")
         command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--file", type=Path)
         command.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     options.run(options)

@@ -136,6 +136,7 @@ def one_line(err: str) -> str:
         (["train", "--config", IMAGENET, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
         (["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"], "stages of its own, and the name of"),
         (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
+        (["train", "--config", DIGITS, "--out", "x", "--grad-checkpointing"], "did you mean 'model.memory'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
         (

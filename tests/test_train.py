@@ -240,6 +240,13 @@ def test_a_finished_run_is_only_reported(whole):
     assert {p.name: p.read_bytes() for p in whole.iterdir() if p.suffix != ".png"} == before
 
 
+def test_what_a_recipe_left_out_is_called_so():
+    assert changes({"model": {}, "init": None}, {"model": {"img_size": 32}, "init": "a"}) == [
+        "init was None, now 'a'",
+        "model.img_size was left out, now 32",
+    ]
+
+
 def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
     with pytest.raises(InputError, match=r"holds a run already \(step 8 of 8\); it is finished: name another"):

@@ -40,6 +40,8 @@ def brief(message: str, options: Sequence[str], commands: Sequence[str]) -> str:
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     if unknown := _UNKNOWN.search(message):
         name = next(filter(None, unknown.groups()))
+        if name in ("grad_checkpointing", "gradient_checkpointing"):  # its name elsewhere
+            return f"unknown option {name!r}; did you mean 'model.memory'? It takes pass, or nested for deep models"
         if name in (field.name for field in fields(ModelConfig)):
             return f"unknown option {name!r}; did you mean 'model.{name}'?"
         where = f" in {path}" if path else ""

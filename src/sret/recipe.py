@@ -235,7 +235,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
     """What differs between two recipes as plain values, one phrase per field."""
     found = []
     for key in sorted(before.keys() | now.keys()):
-        a, b = before.get(key), now.get(key)
+        a, b = before.get(key, _LEFT_OUT), now.get(key, _LEFT_OUT)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changes(a, b, f"{prefix}{key}.")
         elif a != b:
@@ -243,6 +243,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
     return found
 
 
+_LEFT_OUT = object()
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "left out" if value is _LEFT_OUT else repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
