@@ -6,8 +6,9 @@
 
 `start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
 `train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
-large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and tests them as
-they are, without training. Each adds a line of JSON to --out, which depth_figures.py draws.
+large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and into the
+other named models, whose projections have other widths, and tests them as they are, without training. Each adds a line
+of JSON to --out, which depth_figures.py draws.
 A layer is one pass of attention and MLP.
 """
 
@@ -160,9 +161,13 @@ def trained(options: argparse.Namespace) -> None:
 def transferred(options: argparse.Namespace) -> None:
     model, card = load_weights(options.checkpoint)
     config = model.config
+    targets = []
     for factor in FACTORS:
         stages = [replace(s, groups=(1,) * max(1, round(factor * s.num_passes))) for s in config.stages]
-        other = SReT(replace(config, stages=tuple(stages)))
+        targets.append(replace(config, stages=tuple(stages)))
+    targets += [deep(layers) for layers in DEPTHS if layers != config.depth]  # whose projections have other widths
+    for target in targets:
+        other = SReT(target)
         report = transfer(other, model.state_dict(), config)
         tested = evaluate_on(other.eval(), replace(card, config=other.config))[0]
         print(f"{config.depth} layers now {other.config.depth}: {tested.top1:.2f} % ({'; '.join(report)})", flush=True)
@@ -170,6 +175,7 @@ def transferred(options: argparse.Namespace) -> None:
             "kind": "transfer",
             "from": config.depth,
             "layers": other.config.depth,
+            "projection_ratios": [stage.projection_ratio for stage in (config.stages[0], target.stages[0])],
             "test_top1": round(tested.top1, 2),
         }
         add(options.out, {**line, "loss": round(tested.loss, 4), **versions()})

@@ -71,17 +71,35 @@ def test_every_pass_takes_the_projection_at_its_share_of_the_way():
         )
 
 
-def test_projections_of_another_width_begin_silent():
-    source = lively(SReT(deep(4)))
-    stages = tuple(replace(stage, projection_ratio=0.25) for stage in deep(8).stages)
-    target = SReT(deep(8, stages=stages)).double().eval()
+def with_projections(passes: int, ratio: float | None) -> ModelConfig:
+    return deep(passes, stages=tuple(replace(stage, projection_ratio=ratio) for stage in deep(passes).stages))
+
+
+def test_projections_where_there_were_none_begin_silent():
+    source, target = lively(SReT(with_projections(4, None))), SReT(with_projections(4, 0.25)).double().eval()
     report = transfer(target, source.state_dict(), source.config)
-    projections = target.stages[0].recursions[0].projections
-    assert all(not projection.beta.any() for projection in projections)
-    assert projections[0].branch.fc1.weight.any()
-    x = torch.randn(2, 16, 16, dtype=torch.double)
-    torch.testing.assert_close(projections[3](x), x)
-    assert "16 projections of another width afresh, silent at first" in report[0]
+    assert target.stages[0].recursions[0].projections[0].branch.fc1.weight.any()
+    torch.testing.assert_close(target(IMAGE), source(IMAGE))
+    assert report[0] == "stage 1: 2 block(s) reused; 8 projections afresh, silent at first"
+
+
+def test_a_wider_projection_answers_as_before_and_can_learn_more():
+    source, target = lively(SReT(with_projections(4, 0.25))), SReT(with_projections(4, 0.75)).double().eval()
+    report = transfer(target, source.state_dict(), source.config)
+    torch.testing.assert_close(target(IMAGE), source(IMAGE))
+    fc1, fc2 = (getattr(target.stages[0].recursions[0].projections[0].branch, name) for name in ("fc1", "fc2"))
+    assert fc1.weight[4:].any(dim=1).all()  # else new channels would never have a gradient
+    assert not fc2.weight[:, 4:].any()
+    assert report[0] == "stage 1: 2 block(s) reused; 8 projections from 8 of 8, 4 hidden channels now 12"
+
+
+def test_a_narrower_projection_keeps_the_channels_that_matter():
+    source, target = lively(SReT(with_projections(4, 0.75))), SReT(with_projections(4, 0.25)).double().eval()
+    for projection in (p for stage in source.stages for r in stage.recursions for p in r.projections):
+        with torch.no_grad():  # of every three channels the last matters
+            projection.branch.fc2.weight.unflatten(1, (-1, 3))[..., :2].zero_()
+    transfer(target, source.state_dict(), source.config)
+    torch.testing.assert_close(target(IMAGE), source(IMAGE))
 
 
 def test_the_report_names_every_part():

@@ -6,7 +6,8 @@ A block applied R times is taken for a path that R steps divide. In R' passes th
 - Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
 - Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
   the power of R / R'.
-- Projections of another width than the source's start afresh and silent, with beta = 0.
+- A projection with more hidden channels than that one has gets new ones whose answers begin at zero; one with fewer
+  keeps those of the largest weights. Where the source has none, projections start afresh and silent, with beta = 0.
 """
 
 import math
@@ -27,6 +28,9 @@ from sret.variants import config_of
 from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.(\d+)\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
+
+WEIGHTS = ("branch.fc1.weight", "branch.fc2.weight")
+HIDDEN_AXIS = {"branch.fc1.weight": 0, "branch.fc1.bias": 0, "branch.fc2.weight": 1}
 
 
 def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
@@ -79,7 +83,6 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         if (theirs := _blocks(before)) != (ours := _blocks(after)):
             raise InputError(f"the weights of stage {i + 1} are of {theirs}, and this model has {ours}")
     adapted = {key: value for key, value in state_dict.items() if not _is_walked(key, source)}
-    silent = set()
     for key, fresh in expected.items():
         if not (match := _KEY.fullmatch(key)):
             continue
@@ -89,13 +92,17 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         if match[3] is not None:
             number = (2 * int(match[3]) + 1) * before.num_passes // (2 * after.num_passes)
             taken = key.replace(f".projections.{match[3]}.", f".projections.{number}.")
-            if not _is_alike(before, after):
-                silent.add(i)
+            if before.projection_ratio is None:
                 adapted[key] = torch.zeros_like(fresh) if name == "beta" else fresh
                 continue
         if taken not in state_dict:
             continue  # the check of keys will say so
         value = state_dict[taken]
+        if match[3] is not None and name in HIDDEN_AXIS and _hidden_dim(before) != _hidden_dim(after):
+            fc1, fc2 = (state_dict.get(taken.removesuffix(name) + weight) for weight in WEIGHTS)
+            if fc1 is None or fc2 is None or len(fc1) != fc2.shape[-1]:
+                continue
+            value = _resized(name, value, fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
         is_as_far = math.isclose(
             target.residual_factor(after) * after.num_passes, source.residual_factor(before) * before.num_passes
         )
@@ -107,7 +114,7 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         factors = source.residual_factor(before), target.residual_factor(after)
         adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
     load_pretrained(model, adapted)
-    return _report(source, target, silent)
+    return _report(source, target)
 
 
 def _blocks(stage: StageConfig) -> str:
@@ -123,11 +130,19 @@ def _is_walked(key: str, source: ModelConfig) -> bool:
     return int(match[2]) < stage.num_blocks and int(match[3] or 0) < stage.num_passes
 
 
-def _is_alike(before: StageConfig, after: StageConfig) -> bool:
-    """Whether projections have equal widths."""
-    if before.projection_ratio is None or after.projection_ratio is None:
-        return False
-    return int(before.embed_dim * before.projection_ratio) == int(after.embed_dim * after.projection_ratio)
+def _hidden_dim(stage: StageConfig) -> int:
+    """Hidden channels of each projection; 0 if there are none."""
+    return int(stage.embed_dim * (stage.projection_ratio or 0))
+
+
+def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
+    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
+    axis, now = HIDDEN_AXIS[name], len(importance)
+    wanted = fresh.shape[axis]
+    if wanted < now:
+        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
+    added = fresh.narrow(axis, now, wanted - now).to(value)
+    return torch.cat([value, torch.zeros_like(added) if name == WEIGHTS[1] else added], axis)
 
 
 def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
@@ -140,7 +155,7 @@ def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Ten
     return value
 
 
-def _report(source: ModelConfig, target: ModelConfig, silent: set[int]) -> list[str]:
+def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
     lines = []
     for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
         passes = f"stage {i + 1}: {after.num_blocks} block(s) reused"
@@ -150,12 +165,14 @@ def _report(source: ModelConfig, target: ModelConfig, silent: set[int]) -> list[
             )
         if after.projection_ratio is None:
             passes += "; no projections"
-        elif i in silent:
-            passes += f"; {after.num_blocks * after.num_passes} projections of another width afresh, silent at first"
+        elif before.projection_ratio is None:
+            passes += f"; {after.num_blocks * after.num_passes} projections afresh, silent at first"
         else:
             used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
             passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
             passes += f"{before.num_blocks * before.num_passes}"
+            if (few := _hidden_dim(before)) != (many := _hidden_dim(after)):
+                passes += f", {few} hidden channels now {many}"
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")
