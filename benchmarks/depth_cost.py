@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--device", default="cpu")
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--file", type=Path)
-        command.add_argument("--out", type=Path)
+        command.add_argument("--out", type=Path, required=name in ("steps", "compile", "export"))
     options = parser.parse_args(arguments)
     options.run(options)
 

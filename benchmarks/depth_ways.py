@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/depth_ways.py --layers 1008 --epochs 4 --runs RUNS --out results.jsonl
 
 Where coefficients begin and on which scale they are learned, where the norms stand, warm-up, clipping: each way is
-trained with recipes/digits_deep.yaml, changed in nothing else, and adds a line of JSON to --out. A run that is found in
---runs is not trained again, and one that was cut off goes on. `--ways` takes some of them only, so that several
-processes share the work. A layer is one pass of attention and MLP.
+trained with recipes/digits_deep.yaml, changed in nothing else (but --epochs, with warm-up in proportion), and adds a
+line of JSON to --out. A run that is found in --runs is not trained again, and one that was cut off goes on. `--ways`
+takes some of them only, so that several processes share the work. A layer is one pass of attention and MLP.
 """
 
 import argparse
@@ -124,7 +124,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if not way.clips:
         del values["clip_grad"]
     recipe = TrainConfig(**{**values, "model": config, "seed": options.seed})
-    out = options.runs / f"{options.layers}_{options.seed}_{name.translate(str.maketrans(' /,', '___'))}"
+    out = (
+        options.runs / f"{options.layers}_{options.epochs}_{options.seed}_{name.translate(str.maketrans(' /,', '___'))}"
+    )
     with built(way):
         torch.manual_seed(options.seed)
         first = health(SReT(config), *digits(config))
@@ -140,7 +142,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         try:
             train(recipe, out, resume="auto")
-        except InputError as error:  # not finite
+        except InputError as error:
+            if "not finite" not in str(error):
+                raise
             return {**line, "lost": str(error), **versions()}
         model, card = load_weights(out / BEST)
         tested = evaluate_on(model, card)[0]
@@ -167,7 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         line = measure(name, options)
         a, g = line["activation"], line["gradient"]
         answer = "lost" if "lost" in line else f"{line['test_top1']:.2f} %"
-        print(f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {answer}")
+        print(
+            f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {answer}", flush=True
+        )
         add(options.out, line)
 
 

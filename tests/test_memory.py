@@ -406,6 +406,16 @@ def test_half_precision_does_not_round_small_steps_away(changes):
 
 
 @pytest.mark.parametrize("reversible", [False, True])
+def test_tensors_without_values_have_gradients_without_values(reversible):
+    """Shapes can be followed on the meta device, forwards and backwards."""
+    config = replace(deep().config, reversible=reversible, permutation="strided")
+    with torch.device("meta"):
+        model = SReT(replace(config, memory="reversible" if reversible else "nested")).train()
+        model(torch.empty(2, 3, 48, 48)).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta and p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("reversible", [False, True])
 def test_fake_tensors_take_the_plain_way(reversible):
     config = replace(deep().config, reversible=reversible, permutation="strided")
     model = SReT(replace(config, memory="reversible" if reversible else "nested")).train()

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from conftest import small_config
+from safetensors.torch import save_file
 from test_weights import official_state_dict
 
 from sret import InputError, ModelConfig, SReT, StageConfig
@@ -12,7 +14,7 @@ from sret.checkpoint import Card, save_weights
 from sret.preprocess import Preprocessing
 from sret.recipe import TrainConfig
 from sret.train import train
-from sret.transfer import read_source, transfer
+from sret.transfer import read_source, transfer, transfer_file
 from sret.variants import config_of
 
 
@@ -37,10 +39,12 @@ def lively(model: SReT) -> SReT:
 IMAGE = torch.randn(4, 3, 32, 32, dtype=torch.double)
 
 
-def test_equal_depths_are_equal_models():
-    source, target = lively(SReT(deep(4))), SReT(deep(4)).double().eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_depths_are_equal_models(dtype):
+    source, target = lively(SReT(deep(39))).to(dtype), SReT(deep(39)).to(dtype)
     transfer(target, source.state_dict(), source.config)
-    assert torch.equal(target(IMAGE), source(IMAGE))
+    ours = target.state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in source.state_dict().items())
 
 
 @pytest.mark.parametrize("scale", ["one", "sqrt", "passes"])
@@ -75,12 +79,14 @@ def with_projections(passes: int, ratio: float | None) -> ModelConfig:
     return deep(passes, stages=tuple(replace(stage, projection_ratio=ratio) for stage in deep(passes).stages))
 
 
-def test_projections_where_there_were_none_begin_silent():
-    source, target = lively(SReT(with_projections(4, None))), SReT(with_projections(4, 0.25)).double().eval()
+@pytest.mark.parametrize("learnable", [True, False])
+def test_projections_where_there_were_none_begin_silent(learnable):
+    source = lively(SReT(replace(with_projections(4, None), learnable_residual=learnable)))
+    target = SReT(replace(with_projections(4, 0.25), learnable_residual=learnable)).double().eval()
     report = transfer(target, source.state_dict(), source.config)
     assert target.stages[0].recursions[0].projections[0].branch.fc1.weight.any()
     torch.testing.assert_close(target(IMAGE), source(IMAGE))
-    assert report[0] == "stage 1: 2 block(s) reused; 8 projections afresh, silent at first"
+    assert report[0] == "stage 1: 2 block(s) reused; 8 projections afresh, adding nothing at first"
 
 
 def test_a_wider_projection_answers_as_before_and_can_learn_more():
@@ -98,8 +104,25 @@ def test_a_narrower_projection_keeps_the_channels_that_matter():
     for projection in (p for stage in source.stages for r in stage.recursions for p in r.projections):
         with torch.no_grad():  # of every three channels the last matters
             projection.branch.fc2.weight.unflatten(1, (-1, 3))[..., :2].zero_()
-    transfer(target, source.state_dict(), source.config)
+    report = transfer(target, source.state_dict(), source.config)
     torch.testing.assert_close(target(IMAGE), source(IMAGE))
+    assert report[0] == "stage 1: 2 block(s) reused; 8 projections from 8 of 8, 12 hidden channels now 4"
+
+
+def test_depth_and_width_of_projections_may_change_at_once():
+    """As between the named models, or in two steps: the same."""
+    source = lively(SReT(with_projections(4, 0.75)))
+    wide, once, twice = (SReT(with_projections(6, ratio)).double() for ratio in (0.75, 0.25, 0.25))
+    transfer(once, source.state_dict(), source.config)
+    transfer(wide, source.state_dict(), source.config)
+    transfer(twice, wide.state_dict(), wide.config)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
+
+
+def test_left_out_projections_are_counted():
+    source = SReT(deep(4))
+    report = transfer(SReT(with_projections(4, None)), source.state_dict(), source.config)
+    assert report[0] == "stage 1: 2 block(s) reused; 8 projections left out"
 
 
 def test_the_report_names_every_part():
@@ -157,19 +180,77 @@ def test_what_does_not_fit_is_refused(changes, message):
         transfer(SReT(replace(deep(4), **changes)), source.state_dict(), source.config)
 
 
-def test_blocks_that_the_file_has_and_its_model_has_not_are_not_dropped_in_silence():
-    one = deep(4, stages=tuple(replace(stage, num_blocks=1) for stage in deep(4).stages))
-    for more, fewer in ((deep(4), one), (deep(8), deep(4))):
+def one_block() -> ModelConfig:
+    return deep(4, stages=tuple(replace(stage, num_blocks=1) for stage in deep(4).stages))
+
+
+@pytest.mark.parametrize(
+    ("found", "claimed"),
+    [(deep(4), one_block()), (deep(8), deep(4)), (deep(4), with_projections(4, None))],
+    ids=["blocks", "passes", "projections"],
+)
+def test_weights_of_another_model_than_they_are_said_to_be_are_refused(found, claimed):
+    for target in (found, claimed):
         with pytest.raises(InputError, match=r"do not fit the model: unexpected stages\.0\.recursions"):
-            transfer(SReT(fewer), SReT(more).state_dict(), fewer)
+            transfer(SReT(target), SReT(found).state_dict(), claimed)
+
+
+def test_weights_that_are_no_numbers_of_the_kind_are_refused():
+    state_dict = SReT(deep(4)).state_dict()
+    key = "stages.0.recursions.0.projections.0.branch.fc1.weight"
+    state_dict[key] = state_dict[key].to(torch.int8)
+    with pytest.raises(InputError, match=rf"{key} is of torch.int8, not torch.float32"):
+        transfer(SReT(deep(8)), state_dict, deep(4))
 
 
 def test_without_coefficients_a_step_cannot_be_made_longer():
     source = SReT(deep(4, learnable_residual=False))
     transfer(SReT(deep(8, learnable_residual=False)), source.state_dict(), source.config)
     config = deep(8, learnable_residual=False, residual_scale="one")
-    with pytest.raises(InputError, match="set residual_scale to 'passes' in both"):
+    with pytest.raises(InputError, match=r"8 passes by 1 do not go as far as 4 by 0.25 did; set residual_scale to"):
         transfer(SReT(config), source.state_dict(), source.config)
+
+
+def test_coefficients_are_neither_lost_nor_missed():
+    without = deep(4, learnable_residual=False)
+    learned, target = lively(SReT(deep(4))), SReT(without)
+    with pytest.raises(InputError, match=r"have learned stages\.0.*\.alpha, and this model cannot; set learnable_res"):
+        transfer(target, learned.state_dict(), learned.config)
+    for source, config in (
+        (SReT(deep(4)), without),
+        (lively(SReT(without)), deep(4)),
+        (lively(SReT(without)), deep(8)),
+    ):
+        target = SReT(config)
+        transfer(target, source.state_dict(), source.config)
+        same = SReT(replace(source.config, stages=config.stages))
+        transfer(same, source.state_dict(), source.config)
+        torch.testing.assert_close(target.double().eval()(IMAGE), same.double().eval()(IMAGE))
+
+
+def test_weights_without_a_card_are_those_of_the_very_model(tmp_path):
+    """Whatever its scale, passes and classes, not the named one's."""
+    options = {"residual_scale": "passes", "num_classes": 7, "stages": deep(3).stages, "img_size": 32}
+    state_dict = lively(timm.create_model("sret_t", **options)).float().state_dict()
+    save_file(state_dict, tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    loaded = timm.create_model("sret_t", pretrained=True, pretrained_cfg_overlay=overlay, **options).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state_dict.items())
+    assert "classifier afresh: 7 classes now 2" in transfer_file(
+        SReT(deep(3, num_classes=2, residual_scale="passes")), tmp_path / "own.safetensors"
+    )
+
+
+def test_a_published_file_answers_the_same_on_any_scale(tmp_path):
+    """The authors' steps are of 1, whatever the scale of the model that takes their weights."""
+    torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "SReT_T.pth")
+    image = torch.randn(1, 3, 64, 64)
+    answers = []
+    for scale in ("one", "passes"):
+        model = SReT(replace(config_of("sret_t"), residual_scale=scale, img_size=64)).eval()
+        transfer_file(model, tmp_path / "SReT_T.pth")
+        answers.append(model.double()(image.double()))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_folder_is_answered_with_the_file_in_it(tmp_path):

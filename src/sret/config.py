@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
-from sret.errors import InputError, naming, nearest
+from sret.errors import InputError, nearest
 from sret.layers.attention import slice_lengths
 from sret.layers.memory import Memory
 from sret.layers.permute import PermutationKind
@@ -72,8 +72,10 @@ class StageConfig:
     def check(self, num_tokens: int) -> None:
         """Raises `InputError` if `num_tokens` cannot form the slices of some pass."""
         most = max(self.groups)
-        with naming(f"groups {self.groups}, pass {self.groups.index(most) + 1}"):
+        try:
             slice_lengths(num_tokens, most)
+        except InputError as error:
+            raise InputError(f"groups {self.groups}, pass {self.groups.index(most) + 1}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +176,10 @@ class ModelConfig:
         if min(img_size) < 1:
             raise InputError(f"pictures of {img_size[0]}x{img_size[1]} pixels; both sides must be at least 1")
         for i, (stage, (height, width)) in enumerate(zip(self.stages, self.grids(img_size), strict=True)):
-            with naming(f"stage {i + 1} at {img_size[0]}x{img_size[1]} pixels"):
+            try:
                 stage.check(height * width)
+            except InputError as error:
+                raise InputError(f"stage {i + 1} at {img_size[0]}x{img_size[1]} pixels: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML; `from_dict` reads them back."""

@@ -15,11 +15,11 @@ class InputWarning(UserWarning):
 
 @contextmanager
 def naming(subject: object) -> Iterator[None]:
-    """An `InputError` raised within says first what it is about: a file, a stage."""
+    """An `InputError` raised within says first what it is about, such as a file."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{subject}: {error}") from None
+        raise InputError(f"{subject}: {error}") from error.__cause__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -48,7 +48,8 @@ class TrainConfig:
             the fields to change. Classes and channels follow the data where plain values leave them out.
         data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a set of the Hugging Face
             hub; or a folder of pictures, of parquet files or of WebDataset shards.
-        init: weights to start from: a file of ours, or of the authors' for the same variant. None starts afresh.
+        init: weights to start from: a file of ours, or of the authors', also of other depth, classes or pictures
+            (`sret.transfer`). None starts afresh.
         epochs: passes over the training pictures.
         batch_size: pictures per step, over all processes.
         optimizer: "adamw", or another of timm's whose state can be saved whole.
@@ -238,7 +239,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
         a, b = before.get(key, _LEFT_OUT), now.get(key, _LEFT_OUT)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changes(a, b, f"{prefix}{key}.")
-        elif a != b:
+        elif before.get(key) != now.get(key):
             found.append(f"{prefix}{key} was {_short(a)}, now {_short(b)}")
     return found
 

@@ -12,7 +12,7 @@ from sret import drive
 from sret.config import ModelConfig
 from sret.errors import InputError, nearest
 from sret.model import SReT
-from sret.transfer import load_file
+from sret.transfer import transfer_file
 from sret.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 
@@ -41,7 +41,7 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """What timm's entry points do, with the authors' files read by `sret.weights` instead of timm's loader."""
+    """What timm's entry points do, with files read by `sret.transfer` instead of timm's loader."""
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     path: Path | str | None = None
     if pretrained and not source.state_dict:
@@ -54,7 +54,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
                 raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
         model = SReT(replace(cfg, **options))
         if path:  # here, since timm prunes what `features_only` does not need
-            load_file(model, path, cfg)
+            transfer_file(model, path)
         return model
 
     return build_model_with_cfg(

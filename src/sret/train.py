@@ -36,7 +36,7 @@ from sret.recipe import Launch, TrainConfig
 from sret.sampling import EpochBatches
 from sret.sources import load_data
 from sret.stopping import StopRequest, leave_process_group, obey
-from sret.transfer import load_file
+from sret.transfer import transfer_file
 
 MOST_LEFT_OUT = 0.2  # of the pictures, by the last batch of an epoch, before a warning
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
@@ -108,7 +108,7 @@ def train(
     torch.manual_seed(config.seed)
     model = SReT(model_config)
     if config.init is not None:
-        for line in load_file(model, config.init, model_config):
+        for line in transfer_file(model, config.init):
             console.print(f"Init    {line}", soft_wrap=True)
     model.to(accelerator.device)
     if num_ranks > 1:

@@ -5,15 +5,16 @@ A block applied R times is taken for a path that R steps divide. In R' passes th
 - Blocks are taken as they are: their weights do not know how often they are applied.
 - Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
 - Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
-  the power of R / R'.
+  the power of R / R' (a negative one keeps its sign).
 - A projection with more hidden channels than that one has gets new ones whose answers begin at zero; one with fewer
-  keeps those of the largest weights. Where the source has none, projections start afresh and silent, with beta = 0.
+  keeps those of the largest weights. Where the source has none, projections are new, and add nothing at first.
 """
 
 import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,19 +25,20 @@ from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError, naming
 from sret.model import SReT
 from sret.reading import StateDict, read_safetensors
-from sret.variants import config_of
-from sret.weights import fitted, from_official, has_shapes_of, identify, load_pretrained, read_official
+from sret.variants import PUBLISHED
+from sret.weights import check_fit, fitted, from_official, has_shapes_of, load_pretrained, read_official
 
-_KEY = re.compile(r"stages\.(\d+)\.recursions\.(\d+)\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
-
-WEIGHTS = ("branch.fc1.weight", "branch.fc2.weight")
-HIDDEN_AXIS = {"branch.fc1.weight": 0, "branch.fc1.bias": 0, "branch.fc2.weight": 1}
+_KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
+_COEFFICIENTS = ("alpha", "beta")
+_FC1, _FC2, _FC2_BIAS = "branch.fc1.weight", "branch.fc2.weight", "branch.fc2.bias"
+_HIDDEN_AXIS = {_FC1: 0, "branch.fc1.bias": 0, _FC2: 1}
 
 
 def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
     """Our state dict of a file of ours or of the authors', and the configuration of its model.
 
-    `config`, of the model that shall have them, decides where the file does not say: slices leave no trace in weights.
+    `config`, of the model that shall have them, stands in for what the file does not say: a file of ours without its
+    metadata, or one that was trained with the authors' code and fits no published model.
     Raises `InputError` if the file cannot be read safely, or is of no model.
     """
     if Path(path).is_dir():
@@ -44,33 +46,68 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
     if Path(path).suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
-            return state_dict, config
+            return state_dict, fitted(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
         if card.is_fused:
             raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
         return state_dict, card.config
-    official, trained_as = read_official(path)
+    official, _ = read_official(path)
     with naming(path):
-        if not has_shapes_of(config, official):
-            config = config_of(identify(official, f"{trained_as or ''} {Path(path).name}"))
-        source = fitted(config, official)
+        published = next((variant for variant in PUBLISHED.values() if has_shapes_of(variant, official)), None)
+        source = fitted(published or replace(config, residual_scale="one"), official)
         return from_official(official, source), source
 
 
-def load_file(model: SReT, path: str | os.PathLike[str], config: ModelConfig) -> list[str]:
+def transfer_file(model: SReT, path: str | os.PathLike[str]) -> list[str]:
     """The weights of a file into a model: `read_source`, then `transfer`. Its errors name the file."""
-    state_dict, source = read_source(path, config)
+    state_dict, source = read_source(path, model.config)
     with naming(path):
         return transfer(model, state_dict, source)
 
 
 @torch.no_grad()
 def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig) -> list[str]:
-    """Our state dict, of a model `source`, into a model with other passes, classes, channels or pictures.
+    """Our state dict, of a model `source`, into one of other passes, projections, classes, channels or pictures.
 
-    Returns what was reused, and how, a phrase for each part. Raises `InputError` if anything else differs.
+    Returns what was reused, and how, a phrase for each part. Raises `InputError` if the weights are not those of
+    `source`, or if the models differ in more.
     """
-    target, expected = model.config, model.state_dict()
+    target = model.config
+    with torch.device("meta"):
+        check_fit(state_dict, SReT(source))
+    _check_models(source, target)
+    learned = [key for key, value in state_dict.items() if _is_learned(key, value)]
+    if learned and not target.learnable_residual:
+        raise InputError(
+            f"the weights have learned {learned[0]}, and this model cannot; set learnable_residual to true"
+        )
+    adapted = {key: value for key, value in state_dict.items() if not _KEY.fullmatch(key)}
+    for key, fresh in model.state_dict().items():
+        if not (match := _KEY.fullmatch(key)):
+            continue
+        i, name, taken = int(match[1]), match[3], key
+        before, after = source.stages[i], target.stages[i]
+        if match[2] is not None:
+            if before.projection_ratio is None:
+                adapted[key] = torch.zeros_like(fresh) if name in (_FC2, _FC2_BIAS) else fresh
+                continue
+            number = (2 * int(match[2]) + 1) * before.num_passes // (2 * after.num_passes)
+            taken = key.replace(f".projections.{match[2]}.", f".projections.{number}.")
+        if name in _COEFFICIENTS:
+            factors = source.residual_factor(before), target.residual_factor(after)
+            value = state_dict.get(taken, torch.ones(1))
+            adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
+        elif match[2] is not None and name in _HIDDEN_AXIS:
+            fc1, fc2 = (state_dict[taken.removesuffix(name) + weight] for weight in (_FC1, _FC2))
+            adapted[key] = _resized(name, state_dict[taken], fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
+        else:
+            adapted[key] = state_dict[taken]
+    load_pretrained(model, adapted)
+    return _report(source, target)
+
+
+def _check_models(source: ModelConfig, target: ModelConfig) -> None:
+    """Raises `InputError` if one's weights would be another function in the other."""
     if source.reversible != target.reversible:
         kinds = {True: "two streams", False: "one stream"}
         raise InputError(
@@ -82,39 +119,14 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
     for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
         if (theirs := _blocks(before)) != (ours := _blocks(after)):
             raise InputError(f"the weights of stage {i + 1} are of {theirs}, and this model has {ours}")
-    adapted = {key: value for key, value in state_dict.items() if not _is_walked(key, source)}
-    for key, fresh in expected.items():
-        if not (match := _KEY.fullmatch(key)):
-            continue
-        i, name = int(match[1]), match[4]
-        before, after = source.stages[i], target.stages[i]
-        taken = key
-        if match[3] is not None:
-            number = (2 * int(match[3]) + 1) * before.num_passes // (2 * after.num_passes)
-            taken = key.replace(f".projections.{match[3]}.", f".projections.{number}.")
-            if before.projection_ratio is None:
-                adapted[key] = torch.zeros_like(fresh) if name == "beta" else fresh
-                continue
-        if taken not in state_dict:
-            continue  # the check of keys will say so
-        value = state_dict[taken]
-        if match[3] is not None and name in HIDDEN_AXIS and _hidden_dim(before) != _hidden_dim(after):
-            fc1, fc2 = (state_dict.get(taken.removesuffix(name) + weight) for weight in WEIGHTS)
-            if fc1 is None or fc2 is None or len(fc1) != fc2.shape[-1]:
-                continue
-            value = _resized(name, value, fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
-        is_as_far = math.isclose(
-            target.residual_factor(after) * after.num_passes, source.residual_factor(before) * before.num_passes
-        )
+        walked, wanted = source.residual_factor(before), target.residual_factor(after)
+        is_as_far = math.isclose(walked * before.num_passes, wanted * after.num_passes)
         if not (target.learnable_residual or is_as_far):
             raise InputError(
-                f"without learnable coefficients {after.num_passes} passes do not walk as far as {before.num_passes} "
-                "did in the weights' model; set residual_scale to 'passes' in both, or learnable_residual to true"
+                f"stage {i + 1}: without learnable coefficients {after.num_passes} passes by {wanted:.3g} do not go as "
+                f"far as {before.num_passes} by {walked:.3g} did; set residual_scale to 'passes' in both models, or "
+                "learnable_residual to true"
             )
-        factors = source.residual_factor(before), target.residual_factor(after)
-        adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
-    load_pretrained(model, adapted)
-    return _report(source, target)
 
 
 def _blocks(stage: StageConfig) -> str:
@@ -122,37 +134,34 @@ def _blocks(stage: StageConfig) -> str:
     return f"{stage.num_blocks} block(s) of width {stage.embed_dim} and {stage.num_heads} head(s)"
 
 
-def _is_walked(key: str, source: ModelConfig) -> bool:
-    """Whether a key is of a block of `source`, or of a projection between its passes."""
-    if not (match := _KEY.fullmatch(key)) or int(match[1]) >= len(source.stages):
-        return False
-    stage = source.stages[int(match[1])]
-    return int(match[2]) < stage.num_blocks and int(match[3] or 0) < stage.num_passes
+def _is_learned(key: str, value: Tensor) -> bool:
+    return key.rpartition(".")[2] in _COEFFICIENTS and bool((value != 1).any())
+
+
+def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
+    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
+    axis, now = _HIDDEN_AXIS[name], len(importance)
+    wanted = fresh.shape[axis]
+    if wanted <= now:
+        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
+    added = fresh.narrow(axis, now, wanted - now).to(value)
+    return torch.cat([value, torch.zeros_like(added) if name == _FC2 else added], axis)
+
+
+def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
+    """A coefficient for steps of `share` times the length."""
+    if share == 1 and s == s_new:
+        return value
+    value = value.double()
+    if name == "beta":
+        return value * (share * s / s_new)
+    factor = 1 + s * (value - 1)
+    return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
 
 
 def _hidden_dim(stage: StageConfig) -> int:
     """Hidden channels of each projection; 0 if there are none."""
     return int(stage.embed_dim * (stage.projection_ratio or 0))
-
-
-def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
-    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
-    axis, now = HIDDEN_AXIS[name], len(importance)
-    wanted = fresh.shape[axis]
-    if wanted < now:
-        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
-    added = fresh.narrow(axis, now, wanted - now).to(value)
-    return torch.cat([value, torch.zeros_like(added) if name == WEIGHTS[1] else added], axis)
-
-
-def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
-    """A weight for steps of `share` times the length; what is no coefficient stays."""
-    if name == "beta":
-        return value * (share * s / s_new)
-    if name == "alpha":
-        factor = 1 + s * (value - 1)
-        return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
-    return value
 
 
 def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
@@ -164,15 +173,16 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
                 f", {before.num_passes} passes now {after.num_passes} of {before.num_passes / after.num_passes:.3g}"
             )
         if after.projection_ratio is None:
-            passes += "; no projections"
+            dropped = before.num_blocks * before.num_passes if before.projection_ratio else 0
+            passes += f"; {dropped} projections left out" if dropped else "; no projections"
         elif before.projection_ratio is None:
-            passes += f"; {after.num_blocks * after.num_passes} projections afresh, silent at first"
+            passes += f"; {after.num_blocks * after.num_passes} projections afresh, adding nothing at first"
         else:
             used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
             passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
             passes += f"{before.num_blocks * before.num_passes}"
-            if (few := _hidden_dim(before)) != (many := _hidden_dim(after)):
-                passes += f", {few} hidden channels now {many}"
+            if (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
+                passes += f", {then} hidden channels now {now}"
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")

@@ -215,14 +215,16 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
     return model.eval()
 
 
-def fitted(config: ModelConfig, official: Mapping[str, Tensor]) -> ModelConfig:
-    """`config` with the classes, channels and image size that the authors' state dict is made for."""
+def fitted(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
+    """`config` with the classes, channels and image size that a state dict, the authors' or ours, is made for."""
     changes: dict[str, Any] = {"num_classes": 0}
-    for key, field, axis in (("head.weight", "num_classes", 0), ("patch_embed.conv1.weight", "in_chans", 1)):
-        if key in official and official[key].ndim > axis:
-            changes[field] = official[key].shape[axis]
-    if "pos_embed" in official and official["pos_embed"].ndim == 4:
-        changes["img_size"] = tuple(tokens * config.stem_stride for tokens in official["pos_embed"].shape[2:])
+    for key, tensor in state_dict.items():
+        if key == "head.weight" and tensor.ndim > 0:
+            changes["num_classes"] = tensor.shape[0]
+        elif key in ("patch_embed.conv1.weight", "stem.conv1.weight") and tensor.ndim > 1:
+            changes["in_chans"] = tensor.shape[1]
+        elif key in ("pos_embed", "pos_embed.weight") and tensor.ndim == 4:
+            changes["img_size"] = tuple(tokens * config.stem_stride for tokens in tensor.shape[2:])
     return replace(config, **changes)
 
 
@@ -252,8 +254,18 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
 
 def load_strictly(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
     """Our state dict into a model that has exactly its keys and shapes; raises `InputError` naming what differs."""
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    wrong = _differences({key: tensor.shape for key, tensor in state_dict.items()}, expected)
+    check_fit(state_dict, model)
+    model.load_state_dict(state_dict)
+
+
+def check_fit(state_dict: Mapping[str, Tensor], model: SReT) -> None:
+    """Raises `InputError` if keys, shapes or kinds of numbers are not the model's, naming what differs."""
+    expected = model.state_dict()
+    wrong = _differences(*({key: tensor.shape for key, tensor in state.items()} for state in (state_dict, expected)))
+    wrong += [
+        f"{key} is of {value.dtype}, not {expected[key].dtype}"
+        for key, value in state_dict.items()
+        if key in expected and value.is_floating_point() != expected[key].is_floating_point()
+    ]
     if wrong:
         raise InputError(f"these weights do not fit the model: {some(wrong)}")
-    model.load_state_dict(state_dict)
