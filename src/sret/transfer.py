@@ -150,9 +150,7 @@ def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Ten
 
 def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
     """A coefficient for steps of `share` times the length."""
-    if share == 1 and s == s_new:
-        return value
-    value = value.double()
+    value = value.double()  # so that an equal step leaves it as it is, after rounding
     if name == "beta":
         return value * (share * s / s_new)
     factor = 1 + s * (value - 1)
