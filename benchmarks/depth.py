@@ -7,7 +7,8 @@
 `start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
 `train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
 large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and into the
-other named models, whose projections have other widths, and tests them as they are, without training. Each adds a line
+other named models, whose projections have other widths, and, to tell what those are worth, into one without any; it
+tests them as they are, without training. Each adds a line
 of JSON to --out, which depth_figures.py draws.
 A layer is one pass of attention and MLP.
 """
@@ -166,6 +167,7 @@ def transferred(options: argparse.Namespace) -> None:
         stages = [replace(s, groups=(1,) * max(1, round(factor * s.num_passes))) for s in config.stages]
         targets.append(replace(config, stages=tuple(stages)))
     targets += [deep(layers) for layers in DEPTHS if layers != config.depth]  # whose projections have other widths
+    targets.append(replace(config, stages=tuple(replace(stage, projection_ratio=None) for stage in config.stages)))
     for target in targets:
         other = SReT(target)
         report = transfer(other, model.state_dict(), config)
