@@ -8,8 +8,7 @@
 `train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
 large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and into the
 other named models, whose projections have other widths, and, to tell what those are worth, into one without any; it
-tests them as they are, without training. Each adds a line
-of JSON to --out, which depth_figures.py draws.
+tests them as they are, without training. Each adds a line of JSON to --out, which depth_figures.py draws.
 A layer is one pass of attention and MLP.
 """
 
