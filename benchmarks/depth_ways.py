@@ -62,8 +62,8 @@ WAYS = {
     "no warm-up": Way(warms_up=False),
     "no clipping": Way(clips=False),
     "neither": Way(warms_up=False, clips=False),
-    "as published, beta begins at 0, neither": Way("one", lambda passes: 0.0, warms_up=False, clips=False),
-    "as published, beta begins at 1/passes, neither": Way("one", lambda passes: 1 / passes, warms_up=False, clips=False),
+    "beta begins at 0, neither": Way("one", lambda passes: 0.0, warms_up=False, clips=False),
+    "beta begins at 1/passes, neither": Way("one", lambda passes: 1 / passes, warms_up=False, clips=False),
 }
 
 
