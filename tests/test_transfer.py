@@ -258,6 +258,11 @@ def test_a_folder_is_answered_with_the_file_in_it(tmp_path):
         read_source(tmp_path, deep(4))
 
 
+def test_an_exported_model_is_answered_with_what_it_was_made_of(tmp_path):
+    with pytest.raises(InputError, match=r"model\.onnx is an exported model, .* take the weights it was made of"):
+        read_source(tmp_path / "model.onnx", deep(4))
+
+
 def test_training_begins_with_the_weights_of_another_depth_and_says_so(tmp_path, capsys):
     shallow = deep(2, in_chans=1, num_classes=10)
     recipe = TrainConfig(model=shallow, epochs=1, batch_size=256, warmup_epochs=0)

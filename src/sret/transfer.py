@@ -23,6 +23,7 @@ from torch import Tensor
 from sret.checkpoint import METADATA_KEY, read_card
 from sret.config import ModelConfig, StageConfig
 from sret.errors import InputError, naming
+from sret.exported import ENGINES
 from sret.model import SReT
 from sret.reading import StateDict, read_safetensors
 from sret.variants import PUBLISHED
@@ -43,6 +44,8 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
     """
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder; name a file of weights in it, such as {Path(path) / 'best.safetensors'}")
+    if Path(path).suffix in ENGINES:
+        raise InputError(f"{path} is an exported model, which is for answering; take the weights it was made of")
     if Path(path).suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
