@@ -124,7 +124,7 @@ def start(options: argparse.Namespace) -> None:
             flush=True,
         )
         about = {"layers": layers, "way": name, "seed": options.seed, "coefficient_gradient": float(f"{steepest:.4g}")}
-        add(options.out, {"kind": "start", **about, **thinned(curves)})
+        add(options.out, {"kind": "start", **about, **thinned(curves), **versions()})
 
 
 def trained(options: argparse.Namespace) -> None:

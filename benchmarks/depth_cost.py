@@ -124,7 +124,7 @@ def compare(models: dict[str, SReT], contenders: dict[str, Step]) -> None:
 
 
 def show(path: Path) -> None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "step"]
     base = next((r["peak_mib"] for r in rows if r["layers"] == 20 and r["policy"] == "pass"), None)
     table = Table("layers", "policy", "parameters", "peak MiB", "to 20 layers of pass", "seconds", "IQR", "to pass")
     for r in rows:

@@ -5,8 +5,9 @@
 
 Where coefficients begin and on which scale they are learned, where the norms stand, warm-up, clipping: each way is
 trained with recipes/digits_deep.yaml, changed in nothing else (but --epochs, with warm-up in proportion), and adds a
-line of JSON to --out. A run that is found in --runs is not trained again, and one that was cut off goes on. `--ways`
-takes some of them only, so that several processes share the work. A layer is one pass of attention and MLP.
+line of JSON to --out, with the commit of the moment. A run that is found in --runs is not trained again, and one that
+was cut off goes on. `--ways` takes some of them only, so that several processes share the work. A layer is one pass of
+attention and MLP.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from sret.recipe import TrainConfig
 from sret.train import train
 from sret.transfer import read_source, transfer, transfer_file
 from sret.variants import config_of
+from sret.weights import to_official
 
 
 def deep(passes: int, **changes: object) -> ModelConfig:
@@ -102,8 +103,10 @@ def test_a_wider_projection_answers_as_before_and_can_learn_more():
 def test_a_narrower_projection_keeps_the_channels_that_matter():
     source, target = lively(SReT(with_projections(4, 0.75))), SReT(with_projections(4, 0.25)).double().eval()
     for projection in (p for stage in source.stages for r in stage.recursions for p in r.projections):
-        with torch.no_grad():  # of every three channels the last matters
-            projection.branch.fc2.weight.unflatten(1, (-1, 3))[..., :2].zero_()
+        with torch.no_grad():  # of every three channels the last matters, but to one of the weights each of the others
+            projection.branch.fc2.weight.unflatten(1, (-1, 3))[..., 0].zero_()
+            projection.branch.fc1.weight.unflatten(0, (-1, 3))[:, 1].zero_()
+            projection.branch.fc1.bias.unflatten(0, (-1, 3))[:, 1].zero_()
     report = transfer(target, source.state_dict(), source.config)
     torch.testing.assert_close(target(IMAGE), source(IMAGE))
     assert report[0] == "stage 1: 2 block(s) reused; 8 projections from 8 of 8, 12 hidden channels now 4"
@@ -263,6 +266,51 @@ def test_an_exported_model_is_answered_with_what_it_was_made_of(tmp_path):
         read_source(tmp_path / "model.onnx", deep(4))
 
 
+def test_the_state_of_a_run_is_answered_with_the_weights_beside_it(tmp_path):
+    torch.save({"model": SReT(deep(4)).state_dict(), "step": 3}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt holds weights of sret, .* take a run's best\.safetensors"):
+        read_source(tmp_path / "state.pt", deep(4))
+
+
+def test_the_authors_format_of_a_model_of_ones_own_is_read_at_any_size(tmp_path):
+    """Also for pictures too small for the slices of the published models."""
+    config = deep(4, residual_scale="one", img_size=16)
+    source = lively(SReT(config))
+    torch.save({"model": to_official(source.state_dict(), config)}, tmp_path / "own.pth")
+    target = SReT(config).double().eval()
+    transfer_file(target, tmp_path / "own.pth")
+    torch.testing.assert_close(target(IMAGE[..., :16, :16]), source(IMAGE[..., :16, :16]))
+
+
+@pytest.mark.parametrize("changes", [{"num_classes": 0, "global_pool": ""}, {"in_chans": 4}, {"in_chans": 1}])
+def test_a_file_without_a_card_may_have_other_classes_and_channels(changes, tmp_path):
+    save_file(SReT(deep(4, in_chans=5)).state_dict(), tmp_path / "own.safetensors")
+    target = SReT(deep(4, **changes))
+    transfer_file(target, tmp_path / "own.safetensors")
+    weight = target.stem.conv1.weight
+    assert torch.isfinite(target(torch.randn(1, target.in_chans, 32, 32))).all()
+    torch.testing.assert_close(weight[:, :1].expand_as(weight).sum(1), weight.sum(1))
+
+
+@pytest.mark.parametrize("spoil", ["nan", "size"])
+def test_errors_name_the_file(spoil, tmp_path):
+    state_dict = SReT(deep(4)).state_dict()
+    if spoil == "nan":
+        state_dict["head.bias"][1] = float("nan")
+    else:
+        state_dict["pos_embed.weight"] = torch.zeros(1, 16, 0, 4)
+    save_file(state_dict, tmp_path / "own.safetensors")
+    with pytest.raises(InputError, match=r"own\.safetensors: "):
+        transfer_file(SReT(deep(4)), tmp_path / "own.safetensors")
+
+
+def test_two_streams_pass_between_depths():
+    source = lively(SReT(deep(64, reversible=True, memory="none")))
+    target = SReT(deep(128, reversible=True, memory="none")).double().eval()
+    transfer(target, source.state_dict(), source.config)
+    assert (target(IMAGE) - source(IMAGE)).norm() < 0.05 * source(IMAGE).norm()
+
+
 def test_training_begins_with_the_weights_of_another_depth_and_says_so(tmp_path, capsys):
     shallow = deep(2, in_chans=1, num_classes=10)
     recipe = TrainConfig(model=shallow, epochs=1, batch_size=256, warmup_epochs=0)
@@ -272,3 +320,6 @@ def test_training_begins_with_the_weights_of_another_depth_and_says_so(tmp_path,
     train(deeper, tmp_path / "six", max_steps=1)
     out = capsys.readouterr().out
     assert "Init    stage 1: 2 block(s) reused, 2 passes now 6 of 0.333; 12 projections from 4 of 4" in out
+    (tmp_path / "two" / "last.safetensors").unlink()
+    train(deeper, tmp_path / "six", max_steps=2, resume="auto")  # which needs no beginning any more
+    assert "Init" not in capsys.readouterr().out

@@ -116,9 +116,6 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
     if METADATA_KEY not in metadata:
         raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
     card = read_card(path, metadata[METADATA_KEY])
-    spoilt = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
-    if spoilt:
-        raise InputError(f"{path}: holds numbers that are not finite, in {some(spoilt)}; the file is damaged")
     model = fuse(SReT(card.config)) if card.is_fused else SReT(card.config)
     with naming(path):
         load_strictly(model, state_dict)

@@ -107,7 +107,7 @@ def train(
     # Model
     torch.manual_seed(config.seed)
     model = SReT(model_config)
-    if config.init is not None:
+    if config.init is not None and state is None:
         for line in transfer_file(model, config.init):
             console.print(f"Init    {line}", soft_wrap=True)
     model.to(accelerator.device)

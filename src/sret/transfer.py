@@ -49,12 +49,18 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
     if Path(path).suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
-            return state_dict, fitted(config, state_dict)
+            with naming(path):
+                return state_dict, fitted(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
         if card.is_fused:
             raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
         return state_dict, card.config
     official, _ = read_official(path)
+    if "stem.conv1.weight" in official:
+        raise InputError(
+            f"{path} holds weights of sret, but not as a weights file; take a run's best.safetensors, or what "
+            "safetensors.torch.save_file makes of them"
+        )
     with naming(path):
         published = next((variant for variant in PUBLISHED.values() if has_shapes_of(variant, official)), None)
         source = fitted(published or replace(config, residual_scale="one"), official)
@@ -73,7 +79,7 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
     """Our state dict, of a model `source`, into one of other passes, projections, classes, channels or pictures.
 
     Returns what was reused, and how, a phrase for each part. Raises `InputError` if the weights are not those of
-    `source`, or if the models differ in more.
+    `source`, or if models differ in more than that and what leaves no trace in weights: slices, the stem's stride.
     """
     target = model.config
     with torch.device("meta"):
@@ -187,6 +193,8 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")
+    if source.stem_stride != target.stem_stride:
+        lines.append(f"stem stride of {source.stem_stride} pixels now {target.stem_stride}")
     if source.grids()[0] != target.grids()[0]:
         (h, w), (height, width) = source.grids()[0], target.grids()[0]
         lines.append(f"position embedding resized from {h}x{w} tokens to {height}x{width}")

@@ -46,6 +46,9 @@ _PROJECTION = {
 }
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def official_keys(config: ModelConfig) -> dict[str, list[str]]:
     """Our key -> the authors' keys of the same tensor, in the order of use; more than one where a block is shared."""
     with torch.device("meta"):
@@ -155,7 +158,10 @@ def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
 def has_shapes_of(config: ModelConfig, official: Mapping[str, Tensor]) -> bool:
     """Whether the authors' state dict is one of `config`, with any classes, channels and size of pictures."""
     found = {key: tensor.shape for key, tensor in official.items()}
-    return not _differences(found, _shapes(fitted(config, official)))
+    try:
+        return not _differences(found, _shapes(fitted(config, official)))
+    except InputError:  # pictures that this one cannot slice
+        return False
 
 
 def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
@@ -217,7 +223,7 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
 
 def fitted(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
     """`config` with the classes, channels and image size that a state dict, the authors' or ours, is made for."""
-    changes: dict[str, Any] = {"num_classes": 0}
+    changes: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
     for key, tensor in state_dict.items():
         if key == "head.weight" and tensor.ndim > 0:
             changes["num_classes"] = tensor.shape[0]
@@ -245,10 +251,11 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
         adapted["pos_embed.weight"] = resize(adapted["pos_embed.weight"], (grid[0], grid[1]))
     if "stem.conv1.weight" in adapted and adapted["stem.conv1.weight"].shape[1] != model.in_chans:
         weight = adapted["stem.conv1.weight"]
-        if weight.shape[1] == 1:  # timm adapts from three channels only: grey weights see the mean of the channels
-            adapted["stem.conv1.weight"] = weight.repeat(1, model.in_chans, 1, 1) / model.in_chans
-        else:
+        if weight.shape[1] == 3:
             adapted["stem.conv1.weight"] = adapt_input_conv(model.in_chans, weight)
+        else:  # timm adapts from three channels only: others see the mean of the channels in each
+            grey = weight.sum(1, keepdim=True)
+            adapted["stem.conv1.weight"] = grey.repeat(1, model.in_chans, 1, 1) / model.in_chans
     load_strictly(model, adapted)
 
 
@@ -259,13 +266,15 @@ def load_strictly(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def check_fit(state_dict: Mapping[str, Tensor], model: SReT) -> None:
-    """Raises `InputError` if keys, shapes or kinds of numbers are not the model's, naming what differs."""
+    """Raises `InputError` if keys, shapes or kinds of numbers are not the model's, or some are not finite."""
     expected = model.state_dict()
     wrong = _differences(*({key: tensor.shape for key, tensor in state.items()} for state in (state_dict, expected)))
     wrong += [
         f"{key} is of {value.dtype}, not {expected[key].dtype}"
         for key, value in state_dict.items()
-        if key in expected and value.is_floating_point() != expected[key].is_floating_point()
+        if key in expected and expected[key].is_floating_point() and value.dtype not in _FLOATS
     ]
     if wrong:
         raise InputError(f"these weights do not fit the model: {some(wrong)}")
+    if spoilt := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+        raise InputError(f"holds numbers that are not finite, in {some(spoilt)}; the file is damaged")
