@@ -1,7 +1,7 @@
 """Is a deep stack healthy, before training and after? The numbers of docs/depth.md that no clock is needed for.
 
     python benchmarks/depth.py start --out start.json
-    python benchmarks/depth.py train --layers 1008 --scale passes --seed 0 --runs RUNS --out train.json [--unshared]
+    python benchmarks/depth.py train --layers 1008 --seed 0 --runs RUNS --out train.json [--unshared]
     python benchmarks/depth.py transfer --checkpoint RUNS/passes_108_0/best.safetensors --out transfer.json
 
 `start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
@@ -127,12 +127,17 @@ def start(options: argparse.Namespace) -> None:
         add(options.out, {"kind": "start", **about, **thinned(curves), **versions()})
 
 
-def trained(options: argparse.Namespace) -> None:
+def recipe_for(config: ModelConfig, seed: int) -> TrainConfig:
+    """recipes/digits_deep.yaml for a model."""
     values = yaml.safe_load(RECIPE.read_text())
-    values["augmentation"] = Augmentation(**values["augmentation"])
-    config = deep(options.layers, options.scale, is_unshared=options.unshared)
-    recipe = TrainConfig(**{**values, "model": config, "seed": options.seed})
-    name = f"{'unshared' if options.unshared else options.scale}_{options.layers}_{options.seed}"
+    values |= {"augmentation": Augmentation(**values["augmentation"]), "model": config, "seed": seed}
+    return TrainConfig(**values)
+
+
+def trained(options: argparse.Namespace) -> None:
+    config = deep(options.layers, is_unshared=options.unshared)
+    recipe = recipe_for(config, options.seed)
+    name = f"{'unshared' if options.unshared else 'passes'}_{options.layers}_{options.seed}"
     out = options.runs / name
     coefficients: list[dict[str, list[float]]] = []
     epoch_steps = len(load_data("digits").split("train")) // recipe.batch_size
@@ -145,7 +150,7 @@ def trained(options: argparse.Namespace) -> None:
     line = {
         "kind": "train",
         "layers": config.depth,
-        "way": "unshared" if options.unshared else f"scale {options.scale}",
+        "way": "unshared" if options.unshared else "scale passes",
         "seed": options.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "test_top1": round(tested.top1, 2),
@@ -209,7 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--checkpoint", type=Path, required=True)
         if run is trained:
             command.add_argument("--layers", type=int, choices=DEPTHS, default=1008)
-            command.add_argument("--scale", choices=("one", "sqrt", "passes"), default="passes")
             command.add_argument("--unshared", action="store_true")
             command.add_argument("--runs", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -56,9 +56,10 @@ def learning(lines: Sequence[Line]) -> Figure:
     """Validation accuracy, and the stream and the gradients after training."""
     figure, grid = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for line in (line for line in lines if line["kind"] == "train"):
+        other, color = WAYS["unshared"]
         is_deep = line["way"] == "scale passes"
-        label = f"{line['layers']:,} layers" + ("" if is_deep else f", {NAMES[line['way']]}")
-        style = {"color": COLORS[line["layers"]] if is_deep else OTHER[line["way"]], "ls": "-" if is_deep else "--"}
+        label = f"{line['layers']:,} layers" + ("" if is_deep else f", {other}")
+        style = {"color": COLORS[line["layers"]] if is_deep else color, "ls": "-" if is_deep else "--"}
         grid[0].plot(*zip(*((r["epoch"], r["val_top1"]) for r in line["rows"]), strict=True), label=label, **style)
         grid[1].plot(*zip(*line["activation"], strict=True), **style)
         grid[2].plot(*zip(*line["gradient"], strict=True), **style)
@@ -68,10 +69,6 @@ def learning(lines: Sequence[Line]) -> Figure:
     finish(grid)
     grid[0].legend(frameon=False, fontsize=8)
     return figure
-
-
-NAMES = {"scale one": "as published", "unshared": "unshared, plain"}
-OTHER = {"scale one": "#c0392b", "unshared": "#5a8f3c"}
 
 
 def coefficients(lines: Sequence[Line]) -> Figure:

@@ -14,25 +14,22 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-import yaml
-from depth import DEPTHS, RECIPE, add, deep, digits, health
+from depth import DEPTHS, add, deep, digits, health, recipe_for
 from torch import Tensor, nn
 
 from sret import InputError, SReT
-from sret.augment import Augmentation
 from sret.checkpoint import load_weights
 from sret.config import ResidualScale
 from sret.evaluate import evaluate_on
 from sret.layers import LearnableResidual, Recursion
 from sret.layers.block import one_pass
 from sret.layers.straight import StraightPasses
-from sret.recipe import TrainConfig
 from sret.run import BEST, METRICS, versions
 from sret.train import train
 
@@ -120,16 +117,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One way, from its first pass to the test pictures."""
     way = WAYS[name]
     config = deep(options.layers, way.scale)
-    values = yaml.safe_load(RECIPE.read_text())
-    values |= {"augmentation": Augmentation(**values["augmentation"])}
-    warmup_epochs = values["warmup_epochs"] * options.epochs / values["epochs"]  # as large a part of the run
-    values |= {"epochs": options.epochs, "warmup_epochs": warmup_epochs if way.warms_up else 0}
+    recipe = recipe_for(config, options.seed)
+    warmup_epochs = recipe.warmup_epochs * options.epochs / recipe.epochs  # as large a part of the run
+    recipe = replace(recipe, epochs=options.epochs, warmup_epochs=warmup_epochs if way.warms_up else 0)
     if not way.clips:
-        del values["clip_grad"]
-    recipe = TrainConfig(**{**values, "model": config, "seed": options.seed})
-    out = (
-        options.runs / f"{options.layers}_{options.epochs}_{options.seed}_{name.translate(str.maketrans(' /,', '___'))}"
-    )
+        recipe = replace(recipe, clip_grad=None)
+    slug = name.translate(str.maketrans(" /,", "___"))
+    out = options.runs / f"{options.layers}_{options.epochs}_{options.seed}_{slug}"
     with built(way):
         torch.manual_seed(options.seed)
         first = health(SReT(config), *digits(config))
