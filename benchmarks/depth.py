@@ -25,19 +25,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sret import ModelConfig, SReT
-from sret.augment import Augmentation
-from sret.checkpoint import load_state, load_weights
-from sret.config import ResidualScale
-from sret.data import ImageDataset
-from sret.evaluate import evaluate_on
-from sret.fitting import preprocessing_for
+from sret.checkpoints.adapt import transfer
+from sret.checkpoints.card import load_state, load_weights
+from sret.data.config import Augmentation
+from sret.data.dataset import ImageDataset
+from sret.data.sources import load_data
+from sret.inference.evaluate import evaluate_on
 from sret.layers import Block
-from sret.recipe import TrainConfig
-from sret.run import BEST, METRICS, STATE, versions
-from sret.sources import load_data
-from sret.train import train
-from sret.transfer import transfer
-from sret.variants import config_of
+from sret.models.config import ResidualScale
+from sret.models.variants import config_of
+from sret.training.config import TrainConfig
+from sret.training.loop import train
+from sret.training.run_dir import BEST, METRICS, STATE
+from sret.training.setup import preprocessing_for
+from sret.version import versions
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits_deep.yaml"
 DEPTHS = (20, 108, 1008)
@@ -99,8 +100,8 @@ def thinned(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
 
 def digits(config: ModelConfig) -> tuple[Tensor, Tensor]:
     data = load_data("digits")
-    pictures = ImageDataset(data.split("train"), preprocessing_for(config, data))
-    images, labels, _ = zip(*(pictures[i] for i in range(BATCH)), strict=True)
+    dataset = ImageDataset(data.split("train"), preprocessing_for(config, data))
+    images, labels, _ = zip(*(dataset[i] for i in range(BATCH)), strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -159,7 +160,7 @@ def trained(options: argparse.Namespace) -> None:
         **thinned(health(model, *digits(config))),
         **versions(),
     }
-    print(f"{name}: {tested.top1:.2f} % of {tested.count} test pictures")
+    print(f"{name}: {tested.top1:.2f} % of {tested.count} test images")
     add(options.out, line)
 
 

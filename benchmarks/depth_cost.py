@@ -28,14 +28,14 @@ from rich.table import Table
 from torch import Tensor
 
 from sret import ModelConfig, SReT
-from sret.checkpoint import Card
-from sret.deep import deep_config
-from sret.export import export_model
-from sret.exported import load_exported
-from sret.measure import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
-from sret.preprocess import Preprocessing
-from sret.run import versions
-from sret.variants import config_of
+from sret.bench.timing import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
+from sret.checkpoints.card import Card
+from sret.data.preprocess import Preprocessing
+from sret.export.export import export_model
+from sret.export.runtime import load_exported
+from sret.models.deep import deep_config
+from sret.models.variants import config_of
+from sret.version import versions
 
 WIDTH = 64
 POLICIES = ("none", "pass", "nested", "reversible", "truncated:1")
@@ -61,14 +61,14 @@ def peak(options: argparse.Namespace) -> None:
     """In a process of its own: prints the bytes by which a step makes it grow."""
     torch.manual_seed(0)
     model = SReT(config(int(options.layers), options.policy, options.img_size)).to(options.device).train()
-    images = pictures(options)
+    images = images(options)
     step_of(model, images[:1])()  # what the first step alone loads
     model.zero_grad()
     step = step_of(model, images)
     print(peak_on_cuda(step, images.device) if images.is_cuda else peak_in_process(step, calls=1))
 
 
-def pictures(options: argparse.Namespace) -> Tensor:
+def images(options: argparse.Namespace) -> Tensor:
     return torch.randn(options.batch_size, 3, options.img_size, options.img_size, device=options.device)
 
 
@@ -76,7 +76,7 @@ def steps(options: argparse.Namespace) -> None:
     size = [f"--{name}={getattr(options, name)}" for name in ("img_size", "batch_size", "device")]
     wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
-        images = pictures(options)
+        images = images(options)
         contenders, models = {}, {}
         for policy in POLICIES:
             torch.manual_seed(0)
@@ -166,7 +166,7 @@ def compiling(options: argparse.Namespace) -> None:
 
 
 def exporting(options: argparse.Namespace) -> None:
-    """Files for both engines: their size, and what a fresh process takes to load one and answer for one picture."""
+    """Files for both engines: their size, and what a fresh process takes to load one and answer for one image."""
     for layers in map(int, options.layers.split(",")):
         model = SReT(config_of(f"sret_deep_{layers}_32")).eval()
         preprocessing = Preprocessing(img_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)

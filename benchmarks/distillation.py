@@ -1,11 +1,11 @@
 """Fast distillation against a teacher that answers online, in seconds per training step.
 
-    python benchmarks/distillation.py --pictures FOLDER [--student sret_t] [--teacher regnety_160] [--batch-size 16]
+    python benchmarks/distillation.py --images FOLDER [--student sret_t] [--teacher regnety_160] [--batch-size 16]
 
 Three contenders take turns in one process: the data set's labels, a teacher asked in every step, and stored answers
-replayed. A step loads and crops its pictures (one process does everything), asks the teacher if there is one, and
+replayed. A step loads and crops its images (one process does everything), asks the teacher if there is one, and
 trains the student: forward, backward, AdamW. Before that it is checked that stored answers are what the teacher says
-of the replayed pictures. Weights are random, which changes no time; the pictures are real files.
+of the replayed images. Weights are random, which changes no time; the images are real files.
 """
 
 import argparse
@@ -24,24 +24,25 @@ from safetensors.torch import save_file
 from timm.loss import SoftTargetCrossEntropy
 
 from sret import SReT
-from sret.augment import Augmentation
-from sret.data import TrainDataset
-from sret.distill import Teacher, load_teacher, soft_targets
-from sret.fitting import fitting_model, preprocessing_for
-from sret.labelling import write_soft_labels
-from sret.recipe import Distillation, TrainConfig
-from sret.run import versions
-from sret.sampling import Draw
-from sret.soft_labels import MANIFEST, ReplayDataset
-from sret.sources import load_data
-from sret.sources.folder import IMAGE_SUFFIXES
+from sret.data.config import Augmentation
+from sret.data.dataset import TrainDataset
+from sret.data.sampler import Draw
+from sret.data.sources import load_data
+from sret.data.sources.folder import IMAGE_SUFFIXES
+from sret.training.config import TrainConfig
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.precompute import write_soft_labels
+from sret.training.distillation.soft_labels import MANIFEST, ReplayDataset
+from sret.training.distillation.teacher import Teacher, load_teacher, soft_targets
+from sret.training.setup import fitting_model, preprocessing_for
+from sret.version import versions
 
 CROPS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder with pictures anywhere below it")
+    parser.add_argument("--images", type=Path, required=True, help="a folder with images anywhere below it")
     parser.add_argument("--student", default="sret_t")
     parser.add_argument("--teacher", default="regnety_160", help="a model of timm")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -54,7 +55,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     device = torch.device(options.device)
-    files = sorted(path for path in options.pictures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     for k, path in enumerate(files[: 4 * options.batch_size]):  # two classes, so that it is a data set
         (folder / "data" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
         (folder / "data" / "ab"[k % 2] / f"{k}{path.suffix}").symlink_to(path.resolve())
@@ -66,8 +67,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     name = str(folder / "data")
     list(write_soft_labels(folder / "labels", name, distillation, crops=CROPS, top_k=2, batch_size=options.batch_size))
     data = load_data(name)
-    num_pictures = len(data.split("train"))
-    labelling = (time.perf_counter() - started) / (CROPS * num_pictures)
+    num_images = len(data.split("train"))
+    labelling = (time.perf_counter() - started) / (CROPS * num_images)
 
     config = TrainConfig(model=options.student, data=name, batch_size=options.batch_size)
     student_config = fitting_model(config, data)
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     criterion = SoftTargetCrossEntropy()
 
     def step(dataset: TrainDataset, asks: bool) -> None:
-        items = [dataset[Draw(i % num_pictures, 0)] for i in range(options.batch_size)]
+        items = [dataset[Draw(i % num_images, 0)] for i in range(options.batch_size)]
         images = torch.stack([item[0] for item in items]).to(device)
         labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
         targets = teacher(images) if asks else soft_targets(labels, 2, 0.0)
@@ -118,7 +119,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         rows[contender] = {"median_s": median, "iqr_s": high - low, "of_online": ratio}
         print(f"{contender:<20} {median:>9.3f} {high - low:>7.3f} {ratio:>10.2f}")
     saved = rows["teacher online"]["median_s"] - rows["answers replayed"]["median_s"]
-    per_crop = {"labelling_s": labelling, "saved_s": saved / options.batch_size, "bytes": stored / CROPS / num_pictures}
+    per_crop = {"labelling_s": labelling, "saved_s": saved / options.batch_size, "bytes": stored / CROPS / num_images}
     uses = per_crop["labelling_s"] / per_crop["saved_s"]
     print(f"\na crop: {labelling:.3f} s to label, once, and {per_crop['bytes']:.0f} bytes; {per_crop['saved_s']:.3f} s")
     print(f"saved each time it is replayed: it has paid after {uses:.1f} uses")
@@ -128,7 +129,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 
 def check(replayed: ReplayDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
-    """Stored answers are the teacher's of the replayed pictures; at another size or normalisation, nearly."""
+    """Stored answers are the teacher's of the replayed images; at another size or normalisation, nearly."""
     for i in range(3):
         image, target, _ = replayed[Draw(i, 0)]
         answer = teacher(image[None].to(device))[0].cpu()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu, relu
 
 from sret import SReT
+from sret.kernels.slices import slice_lengths
 from sret.layers import Block, LearnableResidual, Permutation, Recursion, SlicedAttention
-from sret.layers.attention import slice_lengths
 from sret.layers.mlp import Mlp
-from sret.model import Stage
+from sret.models.sret import Stage
 
 
 class Naive(nn.Module):

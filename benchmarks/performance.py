@@ -17,10 +17,10 @@ from naive import Naive
 from torch import nn
 
 import sret
-from sret.bench import Report, bench
-from sret.bench_report import as_text, draw
-from sret.contenders import Key, Settings, Source
-from sret.measure import ratio
+from sret.bench.candidates import Key, Settings, Source
+from sret.bench.report import as_text, draw
+from sret.bench.runner import Report, bench
+from sret.bench.timing import ratio
 
 
 def naive_t() -> nn.Module:

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import sret
-from sret.measure import roofline
-from sret.run import versions
+from sret.bench.timing import roofline
+from sret.version import versions
 
 CALLS = 5
 KINDS = {  # the first that fits, by a part of a kernel's name

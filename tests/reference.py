@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sret.layers import Recursion, SlicedAttention
-from sret.layers.permute import Permutation
+from sret.layers.permutation import Permutation
 
 
 def slice_ids(num_tokens: int, num_groups: int) -> Tensor:

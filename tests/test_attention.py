@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret import InputError
+from sret.kernels.slices import slice_lengths
 from sret.layers import IndexPermutation, SlicedAttention, StridedPermutation
-from sret.layers.attention import slice_lengths
 
 
 def attention(dim: int = 24, num_heads: int = 3) -> SlicedAttention:

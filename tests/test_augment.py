@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from sret import InputError
-from sret.augment import Augmentation, mix
-from sret.preprocess import Preprocessing
+from sret.data.augment import mix, train_transform
+from sret.data.config import Augmentation
+from sret.data.preprocess import Preprocessing
 
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
 RGB = Preprocessing(img_size=(32, 24), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
@@ -20,12 +21,12 @@ def noise() -> Image.Image:
 
 def distinct(augmentation: Augmentation, image: Image.Image, draws: int = 12) -> int:
     """How many different tensors come out."""
-    transform = augmentation.transform(RGB)
+    transform = train_transform(augmentation, RGB)
     return len({transform(image).numpy().tobytes() for _ in range(draws)})
 
 
 def test_without_chance_training_sees_what_evaluation_sees(noise):
-    plain = Augmentation(geometry="none", flip=False).transform(RGB)
+    plain = train_transform(Augmentation(geometry="none", flip=False), RGB)
     torch.testing.assert_close(plain(noise), RGB.transform()(noise))
     assert plain(noise).shape == (3, 32, 24)
 
@@ -41,24 +42,24 @@ def test_without_chance_training_sees_what_evaluation_sees(noise):
         {"random_erasing": 1.0},
     ],
 )
-def test_every_kind_of_chance_changes_the_picture(noise, changes):
+def test_every_kind_of_chance_changes_the_image(noise, changes):
     augmentation = Augmentation(**{"geometry": "none", "flip": False, **changes})
-    assert augmentation.transform(RGB)(noise).shape == (3, 32, 24)
+    assert train_transform(augmentation, RGB)(noise).shape == (3, 32, 24)
     assert distinct(augmentation, noise) > 4
 
 
 def test_flip_mirrors_and_does_nothing_else(noise):
-    seen = {Augmentation(geometry="none").transform(RGB)(noise).numpy().tobytes() for _ in range(20)}
+    seen = {train_transform(Augmentation(geometry="none"), RGB)(noise).numpy().tobytes() for _ in range(20)}
     straight = RGB.transform()(noise)
     assert seen == {straight.numpy().tobytes(), straight.flip(2).contiguous().numpy().tobytes()}
 
 
 def test_min_scale_bounds_the_crop():
-    """A picture whose halves differ: a crop of nearly everything always shows both."""
+    """An image whose halves differ: a crop of nearly everything always shows both."""
     halves = Image.new("RGB", (64, 64))
     halves.paste((255, 255, 255), (32, 0, 64, 64))
     means = [
-        [Augmentation(min_scale=scale, flip=False).transform(RGB)(halves).mean().item() for _ in range(40)]
+        [train_transform(Augmentation(min_scale=scale, flip=False), RGB)(halves).mean().item() for _ in range(40)]
         for scale in (0.02, 0.95)
     ]
     assert np.std(means[0]) > 5 * np.std(means[1])
@@ -68,7 +69,10 @@ def test_affine_sees_what_evaluation_sees():
     wide = Image.new("L", (80, 40), 0)
     wide.paste(255, (0, 0, 15, 40))  # a white edge that the centre crop leaves out
     assert GREY.transform()(wide).max() < -0.9
-    assert max(Augmentation(geometry="affine", flip=False).transform(GREY)(wide).max().item() for _ in range(20)) < -0.9
+    assert (
+        max(train_transform(Augmentation(geometry="affine", flip=False), GREY)(wide).max().item() for _ in range(20))
+        < -0.9
+    )
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -78,13 +82,13 @@ def test_settings_that_cannot_be_are_refused():
     for policy in ("rand-q9", "nonsense"):
         with pytest.raises(InputError, match="must be a policy that timm knows"):
             Augmentation(auto_augment=policy)
-    with pytest.raises(InputError, match="needs colour pictures; these are grey"):
-        Augmentation(auto_augment="rand-m9").transform(GREY)
+    with pytest.raises(InputError, match="needs colour images; these are grey"):
+        train_transform(Augmentation(auto_augment="rand-m9"), GREY)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_mixes_targets_in_the_shares_of_the_pictures(mixup, cutmix):
-    """Pictures of one colour each: the mean of what comes out says which share of which picture it holds."""
+def test_mixing_mixes_targets_in_the_shares_of_the_images(mixup, cutmix):
+    """Images of one colour each: the mean of what comes out says which share of which image it holds."""
     values = torch.arange(1.0, 7.0)
     images = values.view(6, 1, 1, 1).expand(6, 1, 40, 40).clone()
     targets = torch.rand(6, 5).softmax(dim=1)  # soft labels as well as hard ones
@@ -106,7 +110,7 @@ def test_mixing_is_a_function_of_its_key():
 
 
 def test_parts_of_a_batch_are_mixed_as_the_whole_is():
-    from sret.sampling import part_of
+    from sret.data.sampler import part_of
 
     images, targets = torch.rand(8, 3, 16, 16), torch.eye(8)
     whole = mix(images.clone(), targets, 0.8, 1.0, key=(7,))

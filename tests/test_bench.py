@@ -17,15 +17,17 @@ from conftest import small_config
 from torch import Tensor, nn
 
 import sret.bench
-from sret import InputError, SReT, cli, measure, model_cost
-from sret.bench import Settings, bench
-from sret.bench_report import as_text, check_figure, draw
-from sret.checkpoint import Card, save_weights
-from sret.contenders import TOLERANCE, subject_of
-from sret.exported import Exported
-from sret.measure import alternate, count_macs, ratio, roofline, spread
-from sret.preprocess import Preprocessing
-from sret.variants import CONFIGS
+from sret import InputError, SReT, model_cost
+from sret.bench import timing as measure
+from sret.bench.candidates import TOLERANCE, subject_of
+from sret.bench.report import as_text, check_figure, draw
+from sret.bench.runner import Settings, bench
+from sret.bench.timing import alternate, count_macs, ratio, roofline, spread
+from sret.checkpoints.card import Card, save_weights
+from sret.cli import main as cli
+from sret.data.preprocess import Preprocessing
+from sret.export.runtime import Exported
+from sret.models.variants import CONFIGS
 
 CPU = torch.device("cpu")
 QUICK = Settings(batch_size=2, rounds=3, device="cpu")
@@ -201,7 +203,7 @@ def test_an_engine_that_answers_otherwise_is_refused_before_timing(wrong, monkey
         def forward(self, x: Tensor) -> Tensor:
             return wrong * self.model(x)
 
-    monkeypatch.setattr("sret.engines.fuse", Wrong)
+    monkeypatch.setattr("sret.bench.engines.fuse", Wrong)
     with pytest.raises(InputError, match=r"mine fused float32: its answer differs .* nothing was timed"):
         bench(
             {"other": nn.Sequential(nn.AvgPool2d(64), nn.Flatten()), "mine": small_model()}, fused(image_size=(64, 64))
@@ -352,7 +354,7 @@ def test_files_of_weights_and_of_export_take_part(tmp_path):
         ("sret_t_unsliced_384", None, (3, 384, 384)),
     ],
 )
-def test_pictures_have_the_size_that_was_asked_for_or_the_model_s_own(name, size, expected):
+def test_images_have_the_size_that_was_asked_for_or_the_model_s_own(name, size, expected):
     assert subject_of(name, name, Settings(batch_size=1, image_size=size), CPU).images.shape[1:] == expected
 
 
@@ -492,7 +494,7 @@ def test_the_table_has_the_numbers_of_the_json_line(report):
     assert max(map(len, re.findall(r"^(?:  .*| *model.*)$", text, re.MULTILINE))) <= 80
 
 
-def test_the_figure_is_a_picture_and_overwrites_nothing(report, tmp_path):
+def test_the_figure_is_a_image_and_overwrites_nothing(report, tmp_path):
     path = tmp_path / "a.png"
     check_figure(path)
     draw(report, path)

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 
 import sret
 from sret import InputError, SReT
-from sret.checkpoint import METADATA_KEY, Card, load_state, load_weights, save_state, save_weights, write_atomically
-from sret.preprocess import Preprocessing
+from sret.checkpoints.card import METADATA_KEY, Card, load_state, load_weights, save_state, save_weights
+from sret.data.preprocess import Preprocessing
+from sret.files import write_atomically
 
 
 def card(config) -> Card:

@@ -16,11 +16,13 @@ from PIL import Image
 from test_data import make_folder
 from test_weights import Evil, official_state_dict
 
-from sret import SReT, cli, weights
-from sret.checkpoint import Card, load_weights, save_weights
-from sret.preprocess import Preprocessing
-from sret.sources import load_data
-from sret.variants import CONFIGS
+from sret import SReT
+from sret.checkpoints import official as weights
+from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.cli import main as cli
+from sret.data.preprocess import Preprocessing
+from sret.data.sources import load_data
+from sret.models.variants import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
@@ -62,18 +64,18 @@ def test_train_then_eval_then_predict(run_folder, sret):
     best = run_folder / "best.safetensors"
     code, out, _ = sret("eval", "--checkpoint", best)
     assert code == 0
-    assert out.startswith("digits, test: 359 pictures, top-1 ")
+    assert out.startswith("digits, test: 359 images, top-1 ")
     code, out, _ = sret("eval", "--checkpoint", best, "--json", "--split=val", "--batch-size", 7)
     metrics = json.loads(out)
     assert metrics["count"] == 216
     expected = load_weights(best)[1].training["metrics"]
     assert metrics["top1"] == pytest.approx(expected["val_top1"])
     assert metrics["loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
-    pictures = sorted((ROOT / "examples" / "digits").glob("*.png"))
-    code, out, err = sret("predict", *pictures, "--checkpoint", best)
+    images = sorted((ROOT / "examples" / "digits").glob("*.png"))
+    code, out, err = sret("predict", *images, "--checkpoint", best)
     assert (code, err) == (0, "")
-    assert [line.split(":")[0] for line in out.splitlines()] == [str(p) for p in pictures]
-    code, out, _ = sret("predict", pictures[0], "--checkpoint", best, "--json", "--top_k", 10)
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(p) for p in images]
+    code, out, _ = sret("predict", images[0], "--checkpoint", best, "--json", "--top_k", 10)
     assert sum(json.loads(out)["classes"].values()) == pytest.approx(1, abs=1e-4)
 
 
@@ -95,11 +97,11 @@ def test_the_recipe_is_shown_with_its_overrides(capsys):
     assert "drop_path_rate: 0.3" in capsys.readouterr().out
 
 
-def test_bad_pictures_are_named_and_the_rest_answered(tmp_path, sret):
+def test_bad_images_are_named_and_the_rest_answered(tmp_path, sret):
     checkpoint = make_checkpoint(tmp_path / "m.safetensors")
     good = tmp_path / "good.png"
     Image.new("RGB", (30, 20)).save(good)
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     code, out, err = sret(
         "predict", tmp_path / "bad.png", good, tmp_path / "gone.png", tmp_path, "--checkpoint", checkpoint
     )
@@ -202,21 +204,21 @@ def test_weights_to_start_from_are_read_as_carefully(content, sret, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_bad_picture_in_a_worker_is_one_line_too(sret, tmp_path):
+def test_a_bad_image_in_a_worker_is_one_line_too(sret, tmp_path):
     folder = make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
-    (folder / "cat" / "001.png").write_text("no picture")
+    (folder / "cat" / "001.png").write_text("no image")
     two = make_checkpoint(tmp_path / "two.safetensors", small_config(num_classes=2), ("cat", "dog"))
     for workers in (0, 1):
         code, _, err = sret("eval", "--checkpoint", two, "--data", folder, "--num-workers", workers)
         assert code == 2
         assert one_line(err) == (
-            f"sret: error: {folder}/cat/001.png: not a picture that can be read; mend or remove what is broken, or "
+            f"sret: error: {folder}/cat/001.png: not an image that can be read; mend or remove what is broken, or "
             "allow for it with a larger max_corrupt\n"
         )
 
 
 @pytest.mark.slow
-def test_two_processes_count_every_picture_once(run_folder, sret):
+def test_two_processes_count_every_image_once(run_folder, sret):
     best = run_folder / "best.safetensors"
     alone = json.loads(sret("eval", "--checkpoint", best, "--json")[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -242,7 +244,7 @@ def test_a_checkpoint_for_other_classes_is_refused(sret, tmp_path):
     assert "other classes than the checkpoint: 'cat', not 'cow'" in one_line(err)
     code, _, err = sret("eval", "--checkpoint", two)
     assert code == 2
-    assert "name the pictures with --data" in one_line(err)
+    assert "name the images with --data" in one_line(err)
 
 
 def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, tmp_path):
@@ -251,16 +253,16 @@ def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, t
     foreign = make_checkpoint(tmp_path / "a.safetensors", config, ("cat", "dog"))
     training = {"recipe": {"data": str(folder)}, "data": load_data(str(folder)).fingerprint()}
     own = make_checkpoint(tmp_path / "b.safetensors", config, ("cat", "dog"), training)
-    assert "all: 20 pictures" in sret("eval", "--checkpoint", foreign, "--data", folder)[1]
-    assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", f"{folder}/../pets")[1]
-    assert "test: 4 pictures" in sret("eval", "--checkpoint", own)[1]
-    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "pets"))  # the same pictures under another path
-    assert "test: 4 pictures" in sret("eval", "--checkpoint", own, "--data", moved)[1]
+    assert "all: 20 images" in sret("eval", "--checkpoint", foreign, "--data", folder)[1]
+    assert "test: 4 images" in sret("eval", "--checkpoint", own, "--data", f"{folder}/../pets")[1]
+    assert "test: 4 images" in sret("eval", "--checkpoint", own)[1]
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "pets"))  # the same images under another path
+    assert "test: 4 images" in sret("eval", "--checkpoint", own, "--data", moved)[1]
     Image.new("RGB", (8, 8)).save(folder / "cat" / "new.png")  # which moves others between the splits
     code, _, err = sret("eval", "--checkpoint", own)
     assert code == 2
-    assert "has changed since training (all was '20 pictures" in one_line(err)
-    assert "all: 21 pictures" in sret("eval", "--checkpoint", own, "--split", "all")[1]
+    assert "has changed since training (all was '20 images" in one_line(err)
+    assert "all: 21 images" in sret("eval", "--checkpoint", own, "--split", "all")[1]
 
 
 def test_a_teacher_answers_once_and_a_student_learns_from_it(run_folder, sret, tmp_path):
@@ -288,14 +290,14 @@ def test_a_teacher_can_be_named_on_the_line(run_folder, sret, tmp_path):
 @pytest.mark.parametrize("line", [["--model", "sret_lt"], ["--model=sret_lt"], ["--model.name", "sret_lt"]])
 def test_a_model_s_name_leaves_the_recipe_s_changes(line, monkeypatch):
     seen = []
-    monkeypatch.setattr("sret.train.train", lambda recipe, *_, **__: seen.append(recipe))
+    monkeypatch.setattr("sret.training.loop.train", lambda recipe, *_, **__: seen.append(recipe))
     assert cli.main(["train", "--config", IMAGENET, "--out", "x", *line, "--model.img_size", "96"]) == 0
     assert seen[0].model == {"name": "sret_lt", "drop_path_rate": 0.1, "img_size": 96}
 
 
 def test_names_need_no_brackets(monkeypatch):
     seen = []
-    monkeypatch.setattr("sret.train.train", lambda recipe, *rest, **__: seen.append((recipe, rest[-1])))
+    monkeypatch.setattr("sret.training.loop.train", lambda recipe, *rest, **__: seen.append((recipe, rest[-1])))
     assert cli.main(["train", "--config", DIGITS, "--out", "x", "--freeze", "stem", "--trackers", "tensorboard"]) == 0
     assert seen[0][0].freeze == ("stem",)
     assert seen[0][1].trackers == ("tensorboard",)
@@ -326,12 +328,12 @@ def test_a_dry_run_finds_what_would_stop_the_run(run_folder, sret, tmp_path):
     assert code == 2
     assert "holds a run already" in one_line(err)
     folder = make_folder(tmp_path / "pets", {"cat": 9, "dog": 9})
-    for picture in folder.glob("cat/*"):
-        picture.write_text("no picture")
+    for image in folder.glob("cat/*"):
+        image.write_text("no image")
     dry = ["train", "--model.name", "sret_t", "--data", folder, "--batch_size", 4, "--out", tmp_path / "x", "--dry-run"]
     code, _, err = sret(*dry, "--model.img_size", 64, "--max_corrupt", 2)
     assert code == 2
-    assert "more pictures than max_corrupt 2 cannot be read" in err
+    assert "more images than max_corrupt 2 cannot be read" in err
     assert {path.name for path in tmp_path.iterdir()} == {"pets"}
 
 
@@ -417,7 +419,7 @@ def test_a_recipe_opens_with_a_command_that_works(path, monkeypatch, tmp_path):
     assert "Cost: " in comment
     assert "Expect: " in comment
     seen = []
-    monkeypatch.setattr("sret.train.train", lambda recipe, *_, **__: seen.append(recipe))
+    monkeypatch.setattr("sret.training.loop.train", lambda recipe, *_, **__: seen.append(recipe))
     assert cli.main(shlex.split(first.removeprefix("# sret "))) == 0
     classes = {"cifar100": 100, "imagenet": 1000}.get(seen[0].data, 10)
     assert seen[0].model_config(classes, 1 if seen[0].data == "digits" else 3).num_classes == classes

@@ -7,7 +7,7 @@ from conftest import small_config
 
 import sret
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.recipe import TrainConfig
+from sret.training.config import TrainConfig
 
 
 def stage(**changes: object) -> StageConfig:

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from sret import InputError
-from sret.augment import Augmentation
-from sret.data import UNREADABLE, ImageData, ImageDataset, Samples, TrainDataset, Unreadable
-from sret.preprocess import Preprocessing
-from sret.sampling import Draw
-from sret.sources import load_data
+from sret.data.config import Augmentation
+from sret.data.dataset import UNREADABLE, ImageData, ImageDataset, Samples, TrainDataset, Unreadable
+from sret.data.preprocess import Preprocessing
+from sret.data.sampler import Draw
+from sret.data.sources import load_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
@@ -46,7 +46,7 @@ def test_digits_are_divided_fixed_stratified_and_without_overlap():
     assert len(data.split("all")) == 1797
 
 
-def test_the_examples_are_test_pictures():
+def test_the_examples_are_test_images():
     test = load_data("digits").split("test")
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     label_of = {np.asarray(image).tobytes(): label for image, label in zip(test.images, test.labels, strict=True)}
@@ -84,12 +84,12 @@ def test_validation_is_held_out_where_there_is_none(tmp_path):
     assert {k: len(s) for k, s in load_data(str(tmp_path)).splits.items()} == {"train": 34, "val": 6, "test": 4}
 
 
-def test_loose_pictures_of_a_split_are_not_passed_over(tmp_path):
+def test_loose_images_of_a_split_are_not_passed_over(tmp_path):
     make_folder(tmp_path / "train", {"a": 3, "b": 3})
     (tmp_path / "val").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "loose.png")
     with pytest.raises(
-        InputError, match=r"val: its pictures lie loose; sort them into a folder per class, as .*train is"
+        InputError, match=r"val: its images lie loose; sort them into a folder per class, as .*train is"
     ):
         load_data(str(tmp_path))
 
@@ -102,12 +102,12 @@ def test_data_that_cannot_be_is_refused(tmp_path):
         load_data(str(tmp_path / "empty"))
     make_folder(tmp_path / "hollow", {"a": 3})
     (tmp_path / "hollow" / "b").mkdir()
-    with pytest.raises(InputError, match=r"hollow/b: no pictures"):
+    with pytest.raises(InputError, match=r"hollow/b: no images"):
         load_data(str(tmp_path / "hollow"))
     make_folder(tmp_path / "small", {"a": 1, "b": 9})
     small = load_data(str(tmp_path / "small"))
     assert len(small.split("all")) == 10
-    with pytest.raises(InputError, match=r"too few pictures of a \(1\).*and for testing; give at least 3"):
+    with pytest.raises(InputError, match=r"too few images of a \(1\).*and for testing; give at least 3"):
         small.split("train")
     make_folder(tmp_path / "odd" / "train", {"a": 3, "b": 3})
     make_folder(tmp_path / "odd" / "val", {"a": 3, "c": 3})
@@ -134,7 +134,7 @@ def test_a_class_may_be_called_train(tmp_path):
         load_data(str(tmp_path))
 
 
-def test_16_bit_pictures_are_scaled_not_clipped(tmp_path):
+def test_16_bit_images_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     np.testing.assert_array_equal(np.asarray(GREY.load(tmp_path / "ramp.png")), ramp >> 8)
@@ -143,21 +143,21 @@ def test_16_bit_pictures_are_scaled_not_clipped(tmp_path):
         GREY.load(tmp_path / "float.tiff")
 
 
-def test_pictures_like_threads_are_refused(tmp_path):
+def test_images_like_threads_are_refused(tmp_path):
     Image.new("L", (6000, 1)).save(tmp_path / "thread.png")
     with pytest.raises(InputError, match=r"thread.png: 6000x1 pixels is too long and thin"):
         GREY.load(tmp_path / "thread.png")
 
 
-def test_evaluation_keeps_the_share_of_the_picture_it_says():
-    picture = Image.new("L", (100, 100), 0)
-    picture.paste(255, (10, 10, 90, 90))  # white but for a border of a tenth
+def test_evaluation_keeps_the_share_of_the_image_it_says():
+    image = Image.new("L", (100, 100), 0)
+    image.paste(255, (10, 10, 90, 90))  # white but for a border of a tenth
     for crop_pct, share in ((1.0, 0.64), (0.8, 1.0)):
-        x = Preprocessing(img_size=(50, 50), mean=(0.0,), std=(1.0,), crop_pct=crop_pct).transform()(picture)
+        x = Preprocessing(img_size=(50, 50), mean=(0.0,), std=(1.0,), crop_pct=crop_pct).transform()(image)
         assert x.mean().item() == pytest.approx(share, abs=0.02)
 
 
-def test_pictures_of_any_mode_become_the_model_s(tmp_path):
+def test_images_of_any_mode_become_the_model_s(tmp_path):
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"):
         image = Image.new(mode, (8, 8))
         image.save(path := tmp_path / f"{mode.replace(';', '')}.{'tiff' if mode == 'CMYK' else 'png'}")
@@ -166,13 +166,13 @@ def test_pictures_of_any_mode_become_the_model_s(tmp_path):
     assert GREY.load(clear).getpixel((0, 0)) == 255  # transparent is white
 
 
-def test_files_that_are_no_pictures_are_named(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
+def test_files_that_are_no_images_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:500])
     for name in ("text.png", "cut.png"):
-        with pytest.raises(InputError, match=rf"{name}: not a picture that can be read"):
+        with pytest.raises(InputError, match=rf"{name}: not an image that can be read"):
             GREY.load(tmp_path / name)
     with pytest.raises(InputError, match=r"gone.png: no such file"):
         GREY.load(tmp_path / "gone.png")
@@ -185,7 +185,7 @@ def test_pixels_undo_the_normalisation():
     torch.testing.assert_close(GREY.pixels((x - 0.5) / 0.5), x)
 
 
-def test_training_pictures_are_a_function_of_seed_and_draw():
+def test_training_images_are_a_function_of_seed_and_draw():
     samples = load_data("digits").split("train")
     affine = Augmentation(geometry="affine", flip=False)
 
@@ -209,7 +209,7 @@ def test_training_pictures_are_a_function_of_seed_and_draw():
 def broken_folder(tmp_path: Path) -> ImageData:
     folder = make_folder(tmp_path / "pets", {"cat": 6, "dog": 6})
     for i in (1, 2):
-        (folder / "cat" / f"{i:03d}.png").write_text("no picture")
+        (folder / "cat" / f"{i:03d}.png").write_text("no image")
     return load_data(str(folder))
 
 
@@ -218,10 +218,10 @@ def test_evaluation_marks_what_it_cannot_read(tmp_path):
     rgb = Preprocessing(img_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     items = list(map(ImageDataset(data.split("all"), rgb).__getitem__, range(12)))
     assert [i for i, (_, label, _) in enumerate(items) if label == UNREADABLE] == [1, 2]
-    assert [i for i, (_, _, error) in enumerate(items) if "not a picture" in error] == [1, 2]
+    assert [i for i, (_, _, error) in enumerate(items) if "not an image" in error] == [1, 2]
 
 
-def test_training_takes_the_next_picture_for_one_it_cannot_read(tmp_path):
+def test_training_takes_the_next_image_for_one_it_cannot_read(tmp_path):
     data = broken_folder(tmp_path)
     rgb = Preprocessing(img_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     none = Augmentation(geometry="none", flip=False)
@@ -233,30 +233,30 @@ def test_training_takes_the_next_picture_for_one_it_cannot_read(tmp_path):
     assert dataset[Draw(0, 0)][2] == ""
     x, _, errors = TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[Draw(1, 0)]
     assert not x.any()  # a blank: so many errors end the run
-    with pytest.raises(InputError, match=r"more pictures than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
+    with pytest.raises(InputError, match=r"more images than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
         Unreadable(1).note([errors], is_quiet=True)
 
 
-def test_unreadable_pictures_are_named_once_and_counted():
+def test_unreadable_images_are_named_once_and_counted():
     unreadable = Unreadable(2)
     with pytest.warns(UserWarning, match="a: bad; skipped, number 1 of at most 2"):
         unreadable.note(["", "a: bad"])
     with pytest.warns(UserWarning, match="b: bad; skipped, number 2 of at most 2"):
         unreadable.note(["a: bad", "a: bad\nb: bad"])
-    with pytest.raises(InputError, match=r"more pictures than max_corrupt 2 cannot be read: a: bad; b: bad; c: bad;"):
+    with pytest.raises(InputError, match=r"more images than max_corrupt 2 cannot be read: a: bad; b: bad; c: bad;"):
         unreadable.note(["c: bad"])
 
 
-def test_channels_and_crop_are_read_off_the_pictures():
-    def of(*pictures: Image.Image) -> ImageData:
-        return ImageData.of("x", {"all": Samples(pictures, [0] * len(pictures))}, ["a"])
+def test_channels_and_crop_are_read_off_the_images():
+    def of(*images: Image.Image) -> ImageData:
+        return ImageData.of("x", {"all": Samples(images, [0] * len(images))}, ["a"])
 
     grey, red = Image.new("L", (9, 9)), Image.new("RGB", (9, 9))
     assert (of(grey, grey).in_chans, of(grey, red).in_chans) == (1, 3)
     assert of(red, red).crop_pct == 1.0  # squares of one size
     assert of(red, Image.new("RGB", (10, 10))).crop_pct == 0.875
     assert of(Image.new("RGB", (9, 8))).crop_pct == 0.875
-    with pytest.raises(InputError, match="its all split holds no pictures"):
+    with pytest.raises(InputError, match="its all split holds no images"):
         of()
     with pytest.raises(InputError, match=r"label\(s\) 1 in all, but there are 1 classes, numbered from 0"):
         ImageData.of("x", {"all": Samples([grey], [1])}, ["a"])

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from sret import InputError, SReT, deep_config, model_cost
-from sret.deep import passes_of
 from sret.layers import Block, LearnableResidual
-from sret.variants import DEEP, config_of
+from sret.models.deep import passes_of
+from sret.models.variants import DEEP, config_of
 
 SMALL = {"embed_dim": 32, "img_size": 32, "stem_stride": 4, "num_classes": 10}
 

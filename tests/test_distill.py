@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sret import InputError
-from sret.distill import Teacher, load_teacher, soft_targets
-from sret.preprocess import Preprocessing
-from sret.recipe import Distillation, TrainConfig
+from sret.data.preprocess import Preprocessing
+from sret.training.config import TrainConfig
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.teacher import Teacher, load_teacher, soft_targets
 
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.25,))
 RGB = Preprocessing(img_size=(24, 24), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -47,7 +48,7 @@ def test_targets_of_labels_are_those_of_label_smoothing():
 
 
 def test_a_teacher_sees_with_its_own_size_channels_and_normalisation():
-    """A grey picture of one value, as the student has it, becomes that value for the teacher."""
+    """A grey image of one value, as the student has it, becomes that value for the teacher."""
     seen = []
     teacher = Teacher(nn.Identity(), RGB, GREY, 1.0)
     teacher.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]) or output.mean((2, 3)))
@@ -57,7 +58,7 @@ def test_a_teacher_sees_with_its_own_size_channels_and_normalisation():
 
 
 def test_a_grey_teacher_of_colours_is_refused():
-    with pytest.raises(InputError, match="the teacher knows grey pictures only"):
+    with pytest.raises(InputError, match="the teacher knows grey images only"):
         Teacher(nn.Identity(), GREY, RGB, 1.0)
 
 

@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sret import InputError
-from sret.data import UNREADABLE, Unreadable
-from sret.evaluate import evaluate
-from sret.stopping import StopRequest
+from sret.data.dataset import UNREADABLE, Unreadable
+from sret.inference.evaluate import evaluate
+from sret.training.signals import StopRequest
 
 
-def test_metrics_are_those_of_all_pictures_at_once():
+def test_metrics_are_those_of_all_images_at_once():
     logits, labels = torch.randn(37, 8), torch.randint(8, (37,))
     model = nn.Identity().train()
     for batch_size in (1, 10, 37):
@@ -37,14 +37,14 @@ def test_a_stop_ends_it_without_a_number():
     assert evaluate(nn.Identity(), batches, Accelerator(), Unreadable(0), stop) is None
 
 
-def test_pictures_that_cannot_be_read_do_not_count():
+def test_images_that_cannot_be_read_do_not_count():
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, UNREADABLE, 2, UNREADABLE, 0])
     errors = ["", "", "c: bad", "", "e: bad", ""]
     read = labels != UNREADABLE
     with pytest.warns(UserWarning, match="c: bad; skipped"):
         metrics = evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(2))
     assert metrics == evaluate(nn.Identity(), [(logits[read], labels[read], [""])], Accelerator(), Unreadable(0))
-    with pytest.raises(InputError, match="more pictures than max_corrupt 1"):
+    with pytest.raises(InputError, match="more images than max_corrupt 1"):
         evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(1))
-    with pytest.raises(InputError, match="none of the pictures"):
+    with pytest.raises(InputError, match="none of the images"):
         evaluate(nn.Identity(), [(logits[:1], labels[2:3], [""])], Accelerator(), Unreadable(0))

@@ -20,14 +20,15 @@ from test_data import make_folder
 from test_weights import official_state_dict
 
 import sret as package
-from sret import InputError, SReT, StageConfig, cli
-from sret import export as exporting
-from sret.checkpoint import Card, load_weights, save_weights
-from sret.export import Comparison, compare, export, export_model, to_onnx
-from sret.exported import Exported, load_exported, load_model
-from sret.predict import predict
-from sret.preprocess import Preprocessing
-from sret.soft_labels import checksum
+from sret import InputError, SReT, StageConfig
+from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.cli import main as cli
+from sret.data.preprocess import Preprocessing
+from sret.export import export as exporting
+from sret.export.export import Comparison, compare, export, export_model, to_onnx
+from sret.export.runtime import Exported, load_exported, load_model
+from sret.inference.predict import predict
+from sret.training.distillation.soft_labels import checksum
 
 SUFFIXES = (".onnx", ".xml")
 ODD_NAMES = ("<&\"'>", "dog\n", "ключ", "", *"abcdef")
@@ -117,7 +118,7 @@ THREE_PASSES = StageConfig(embed_dim=16, num_heads=2, num_blocks=1, groups=(4, 3
     ],
     ids=["oblong", "uneven", "plain residuals", "three passes", "no classes"],
 )
-def test_any_model_answers_the_same_for_any_number_of_pictures(config, size, tmp_path):
+def test_any_model_answers_the_same_for_any_number_of_images(config, size, tmp_path):
     model = disturbed(config)
     before = copy.deepcopy(model.state_dict())
     for suffix in SUFFIXES:
@@ -151,7 +152,7 @@ def test_a_file_knows_what_a_weights_file_knows(exports):
     assert (metadata["sret.dtype"], metadata["sret.version"]) == ("float32", package.__version__)
 
 
-def test_a_picture_has_one_answer_whatever_the_batch_and_the_threads(exports):
+def test_a_image_has_one_answer_whatever_the_batch_and_the_threads(exports):
     images = torch.randn(4, 3, 64, 64)
     for suffix in SUFFIXES:
         exported = load_exported(exports[suffix], threads=1)[0]
@@ -164,7 +165,7 @@ def test_a_picture_has_one_answer_whatever_the_batch_and_the_threads(exports):
         torch.testing.assert_close(exported(images.double()), together)
 
 
-def test_pictures_of_another_size_are_refused(exports):
+def test_images_of_another_size_are_refused(exports):
     for suffix in SUFFIXES:
         exported = load_exported(exports[suffix])[0]
         for shape in ((1, 3, 72, 72), (1, 1, 64, 64), (3, 64, 64), (0, 3, 64, 64)):
@@ -190,7 +191,7 @@ def test_a_weight_is_there_once_however_many_passes_share_it(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "size"), [("random", (80, 56)), ("strided", (72, 72))])
-def test_whatever_is_computed_depends_on_the_picture(kind, size):
+def test_whatever_is_computed_depends_on_the_image(kind, size):
     graph = exporting.to_onnx(disturbed(tiny_config(permutation=kind)), size).graph
     reached = {"images"}
     for node in graph.node:  # in an order of computation
@@ -200,7 +201,7 @@ def test_whatever_is_computed_depends_on_the_picture(kind, size):
 
 
 def test_commands_answer_alike_from_every_file(digits, sret, tmp_path):  # noqa: F811
-    pictures = sorted((ROOT / "examples" / "digits").glob("*.png"))
+    images = sorted((ROOT / "examples" / "digits").glob("*.png"))
     answers = []
     for suffix in (".safetensors", *SUFFIXES):
         file = digits if suffix == ".safetensors" else tmp_path / f"m{suffix}"
@@ -209,20 +210,20 @@ def test_commands_answer_alike_from_every_file(digits, sret, tmp_path):  # noqa:
             assert (code, err) == (0, "")
             lines = out.splitlines()
             assert re.fullmatch(rf"{file}: \d\.\d MiB, float32 for (ONNX Runtime|OpenVINO)", lines[0])
-            assert lines[1].startswith("parity on 50 pictures of digits, test: logits differ by at most ")
+            assert lines[1].startswith("parity on 50 images of digits, test: logits differ by at most ")
             assert lines[1].endswith("; the same top-1 for 100.00 %")
             assert re.fullmatch(
                 r"accuracy on 50 .*: PyTorch float32 (\d+\.\d\d) %, .* float32 \1 % \(\+0\.00\)", lines[2]
             )
         found = json.loads(sret("eval", "--checkpoint", file, "--json", "--batch_size", 100)[1])
         evaluated = [found[key] for key in ("top1", "top5", "loss", "count")]
-        lines = sret("predict", *pictures, "--checkpoint", file, "--json")[1].splitlines()
+        lines = sret("predict", *images, "--checkpoint", file, "--json")[1].splitlines()
         predicted = [json.loads(line)["classes"] for line in lines]
         assert "383,914 parameters" in sret("info", file)[1]
         answers.append((evaluated, predicted))
     for evaluated, predicted in answers[1:]:
         assert evaluated == pytest.approx(answers[0][0], rel=1e-5)
-        assert len(predicted) == len(pictures)
+        assert len(predicted) == len(images)
         for one, other in zip(predicted, answers[0][1], strict=True):
             assert one == pytest.approx(other, abs=1e-5)
 
@@ -246,7 +247,7 @@ def test_fewer_bits_keep_the_answers(suffix, dtype, least, share, digits, tmp_pa
     assert listing(tmp_path) == ([out.name] if suffix == ".onnx" else ["m.bin", "m.xml"])
 
 
-def test_pictures_are_of_all_classes_and_come_in_batches_of_several_sizes(tmp_path, monkeypatch):
+def test_images_are_of_all_classes_and_come_in_batches_of_several_sizes(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "pets", {"cat": 40, "dog": 40})
     weights = make_checkpoint(tmp_path / "two.safetensors", tiny_config(num_classes=2), ("cat", "dog"))
     seen = []
@@ -341,7 +342,7 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (["M", "m"], "m: OUT ends in .onnx"),
         (["M", "m.onnx", "--dtype", "bfloat16"], "name an OUT.xml for OpenVINO"),
         (["M", "m.onnx", "--dtype", "float16"], "dtype"),
-        (["M", "m.onnx", "--dtype", "int8"], "int8 is calibrated on real pictures; name some with --data"),
+        (["M", "m.onnx", "--dtype", "int8"], "int8 is calibrated on real images; name some with --data"),
         (["M", "m.onnx", "--data", "digits"], "digits has other classes than the checkpoint"),
         (["M", "m.onnx", "--data", "pets"], "the checkpoint knows 10 classes, pets has 2"),
         (["M", "m.onnx", "--data", "nowhere"], "no data 'nowhere'"),
@@ -368,15 +369,15 @@ def test_what_cannot_be_is_one_line(arguments, message, exports, tmp_path, monke
     assert listing(tmp_path) == ["pets"]
 
 
-def test_pictures_that_cannot_be_read_stop_it(tmp_path, sret):  # noqa: F811
+def test_images_that_cannot_be_read_stop_it(tmp_path, sret):  # noqa: F811
     folder = make_folder(tmp_path / "pets", {"cat": 9, "dog": 9})
     weights = make_checkpoint(tmp_path / "two.safetensors", tiny_config(num_classes=2), ("cat", "dog"))
-    for picture in folder.glob("cat/*"):
-        picture.write_text("no picture")
+    for image in folder.glob("cat/*"):
+        image.write_text("no image")
     for dtype in ("float32", "int8"):
         code, _, err = sret("export", weights, tmp_path / "m.onnx", "--data", folder, "--dtype", dtype)
         assert code == 2
-        assert "not a picture that can be read" in one_line(err)
+        assert "not an image that can be read" in one_line(err)
     assert listing(tmp_path) == ["pets", "two.safetensors"]
 
 
@@ -447,7 +448,7 @@ def test_an_xml_answers_with_its_own_weights_alone(exports, tmp_path):
 
 def test_a_published_name_is_fetched(tmp_path, monkeypatch):
     torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "SReT_T.pth")
-    monkeypatch.setattr("sret.convert.fetch", lambda url: tmp_path / "SReT_T.pth")
+    monkeypatch.setattr("sret.checkpoints.convert.fetch", lambda url: tmp_path / "SReT_T.pth")
     seen = []
     monkeypatch.setattr(exporting, "export_model", lambda *arguments: seen.append(arguments))
     export("sret_t.dist_in1k", tmp_path / "m.onnx", image_size=96)
@@ -495,17 +496,17 @@ def test_a_card_of_another_size_is_what_the_file_takes(exports, tmp_path):
     assert exported(torch.zeros(1, 3, 72, 64)).shape == (1, 10)
 
 
-@pytest.mark.parametrize(("crop_pct", "picture"), [(1.0, (64, 64)), (0.875, (90, 61)), (0.875, (40, 100))])
-def test_the_documented_program_needs_no_sret(crop_pct, picture, exports, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("crop_pct", "image"), [(1.0, (64, 64)), (0.875, (90, 61)), (0.875, (40, 100))])
+def test_the_documented_program_needs_no_sret(crop_pct, image, exports, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     program = next(block for block in blocks if "onnxruntime" in block)
     assert not re.search(r"import (torch|sret|timm)", program)
     model, card = load_weights(exports[".safetensors"])
     card = replace(card, preprocessing=replace(card.preprocessing, crop_pct=crop_pct))
     export_model(model, card, tmp_path / "model.onnx")
-    pixels = torch.randint(256, (*picture, 3), dtype=torch.uint8).numpy()
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    pixels = torch.randint(256, (*image, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(program, {})
-    (expected,) = predict(model, card, [tmp_path / "picture.png"], top_k=3)
+    (expected,) = predict(model, card, [tmp_path / "image.png"], top_k=3)
     assert capsys.readouterr().out == "".join(f"{name} {share:.3f}\n" for name, share in expected.classes)

@@ -13,15 +13,16 @@ import timm
 import torch
 from conftest import small_config
 from naive import Naive
+from sret.layers.block import one_pass
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sret import ModelConfig, SReT, StageConfig, fuse
-from sret.checkpoint import Card, load_weights, save_weights
+from sret import ModelConfig, SReT, StageConfig
+from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.data.preprocess import Preprocessing
+from sret.kernels.attention import attend, formula
 from sret.layers import AttentionResidual, Block, NonLinearProjection, Permuter, StridedPermutation
-from sret.layers.dot_product import attend, formula
-from sret.layers.straight import StraightPasses
-from sret.preprocess import Preprocessing
-from sret.variants import PUBLISHED
+from sret.models import fuse
+from sret.models.variants import PUBLISHED
 
 
 def lively(model: SReT) -> SReT:
@@ -368,7 +369,7 @@ def calls_of(
         module.fold()
     with Calls() as calls:
         x = torch.randn(2, num_tokens, 16, dtype=dtype)
-        StraightPasses(1)(block.eval(), projection.eval(), x, num_groups, permutation)
+        one_pass(block.eval(), projection.eval(), x, num_groups, permutation)
     return calls.names - Counter({"randn": 1})
 
 

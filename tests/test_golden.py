@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from sret import ModelConfig, SReT, StageConfig
+from sret.checkpoints.official import from_official, official_keys
 from sret.layers import replay
-from sret.weights import from_official, official_keys
 
 # One recording is kept here; the others are tested where the project's shared folder lies beside the checkout.
 SHARED = Path(__file__).parents[2] / "shared" / "golden"

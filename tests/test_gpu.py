@@ -10,11 +10,12 @@ from conftest import small_config
 from test_memory import gradients
 from test_train import RECIPE
 
-from sret import SReT, fuse
-from sret.checkpoint import load_state
-from sret.recipe import Launch
-from sret.run import METRICS, STATE
-from sret.train import train
+from sret import SReT
+from sret.checkpoints.card import load_state
+from sret.models import fuse
+from sret.training.config import Launch
+from sret.training.loop import train
+from sret.training.run_dir import METRICS, STATE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,7 +49,7 @@ def test_gradients_are_those_of_no_policy(policy):
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("launch", [Launch(), Launch(accumulation=2, num_workers=2)])
+@pytest.mark.parametrize("launch", [Launch(), Launch(grad_accum_steps=2, num_workers=2)])
 def test_every_precision_trains_and_resumes(tmp_path: Path, mixed_precision, launch):
     recipe = replace(RECIPE, epochs=6, mixed_precision=mixed_precision, mixup=0.2, cutmix=1.0, ema_decay=0.9)
     train(recipe, tmp_path, max_steps=9, launch=launch)

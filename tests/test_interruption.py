@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from test_train import RECIPE
 
 from sret import InputError
-from sret.checkpoint import load_state
-from sret.recipe import Launch
-from sret.run import CONTENTS, LAST, STATE
-from sret.train import train
+from sret.checkpoints.card import load_state
+from sret.training.config import Launch
+from sret.training.loop import train
+from sret.training.run_dir import CONTENTS, LAST, STATE
 
 HERE = Path(__file__).parent
 RECIPE = replace(RECIPE, ema_decay=0.9, mixup=0.8)
@@ -32,8 +32,8 @@ FORKS = """
 import os, signal, sys
 from pathlib import Path
 from test_interruption import RECIPE
-from sret.recipe import Launch
-from sret.train import train
+from sret.training.config import Launch
+from sret.training.loop import train
 
 fsync, writes = os.fsync, 0
 
@@ -155,7 +155,7 @@ def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, kind, code, worke
 
 def test_a_stop_before_the_evaluation_of_an_epoch_does_not_skip_it(whole, tmp_path, monkeypatch):
     """A signal in the last step of an epoch: saved at once, and the resumed run evaluates first."""
-    from sret import optim
+    from sret.training import optim
 
     def interrupt_after(steps: int):
         update = optim.ModelEmaV3.update

@@ -6,8 +6,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import gelu
 
+from sret.kernels.linear import gelu_linear, is_plain, linear, linear_gelu, norm_linear
 from sret.layers import MlpResidual
-from sret.layers.linear import gelu_linear, is_plain, linear, linear_gelu, norm_linear
 from sret.layers.residual import weighted_sum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from sret import InputError, ModelConfig, SReT, StageConfig
+from sret.kernels.recompute import Chain, fewest_slots, places, recomputed, split
 from sret.layers import (
     Block,
     Coefficients,
@@ -22,7 +23,6 @@ from sret.layers import (
     Recursion,
     ReversibleRecursion,
 )
-from sret.layers.memory import Chain, fewest_slots, places, recomputed, split
 
 DIM, TOKENS = 24, 28
 X = torch.randn(3, TOKENS, DIM, dtype=torch.double)
@@ -99,7 +99,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(policy, frozen):
 
 
 @pytest.mark.parametrize("policy", ["none", "pass", "nested", "truncated:2"])
-def test_a_gradient_of_the_picture_alone_is_the_same(policy):
+def test_a_gradient_of_the_image_alone_is_the_same(policy):
     model = deep().eval().requires_grad_(False)
     model.set_memory(policy)
     image = IMAGE.clone().requires_grad_()

@@ -139,7 +139,7 @@ def test_eight_images_are_memorised():
     assert loss < 0.05
 
 
-def test_pictures_of_the_wrong_shape_are_refused(model):
+def test_images_of_the_wrong_shape_are_refused(model):
     with pytest.raises(InputError, match=r"takes \(batch, 3, height, width\)"):
         model(torch.zeros(1, 1, 64, 64))
     with pytest.raises(InputError, match=r"takes \(batch, 3, height, width\)"):

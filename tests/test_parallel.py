@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from two_processes import ADAM, LAYOUTS, RECIPE, STEPS, recipe_of
 
-from sret.checkpoint import load_state
-from sret.labelling import write_soft_labels
-from sret.parallel import SyncBatchNorm, synchronize_batch_norm
-from sret.recipe import Distillation
-from sret.run import BEST, LAST, STATE
-from sret.soft_labels import shard_path
-from sret.train import train
+from sret.checkpoints.card import load_state
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.precompute import write_soft_labels
+from sret.training.distillation.soft_labels import shard_path
+from sret.training.distributed import SyncBatchNorm, synchronize_batch_norm
+from sret.training.loop import train
+from sret.training.run_dir import BEST, LAST, STATE
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes_compute_what_one_does(runs, tmp_path, name):
-    """Weights and statistics of BatchNorm after 5 steps, on the same pictures, mixed the same; and their average."""
+    """Weights and statistics of BatchNorm after 5 steps, on the same images, mixed the same; and their average."""
     train(recipe_of(name), tmp_path / "one", max_steps=STEPS)
     one, two = load_state(tmp_path / "one" / STATE), load_state(runs / name / STATE)
     tolerance = 1e-3 if name.endswith("bf16") else 1e-6  # bf16 has 8 bits: sums in another order differ by that much

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sret import InputError, SReT
 from sret.layers import IndexPermutation, Permuter, StridedPermutation, replay
-from sret.layers.permute import fixed_permutation, invert
+from sret.layers.permutation import fixed_permutation, invert
 
 CPU = torch.device("cpu")
 

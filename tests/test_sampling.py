@@ -1,4 +1,4 @@
-"""The pictures of a step: a function of (seed, step), whoever computes it and in however many parts."""
+"""The images of a step: a function of (seed, step), whoever computes it and in however many parts."""
 
 import random
 
@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from sret import InputError
-from sret.sampling import Draw, EpochBatches, part_of, seeded
+from sret.data.sampler import Draw, EpochBatches, part_of, seeded
 
 
-def pictures(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
+def images(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
     batches.start_at(epoch, first)
-    return [[draw.picture for draw in batch] for batch in batches]
+    return [[draw.index for draw in batch] for batch in batches]
 
 
 def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
     def order(seed: int, epoch: int, first: int = 0) -> list[list[int]]:
-        return pictures(EpochBatches(103, 10, seed), epoch, first)
+        return images(EpochBatches(103, 10, seed), epoch, first)
 
     assert order(0, 0) == order(0, 0)
     flat = [i for batch in order(0, 0) for i in batch]
@@ -27,9 +27,9 @@ def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(2, 1), (1, 2), (2, 3)])
-def test_a_step_s_pictures_do_not_depend_on_who_computes_them(num_ranks, accumulation):
-    whole = pictures(EpochBatches(103, 24, 0), 1)
-    parts = [pictures(EpochBatches(103, 24, 0, rank, num_ranks, accumulation), 1) for rank in range(num_ranks)]
+def test_a_step_s_images_do_not_depend_on_who_computes_them(num_ranks, accumulation):
+    whole = images(EpochBatches(103, 24, 0), 1)
+    parts = [images(EpochBatches(103, 24, 0, rank, num_ranks, accumulation), 1) for rank in range(num_ranks)]
     for step, batch in enumerate(whole):
         shares = [part[step * accumulation + k] for part in parts for k in range(accumulation)]
         assert {len(share) for share in shares} == {24 // num_ranks // accumulation}
@@ -43,14 +43,14 @@ def test_one_part_is_the_batch_itself():
     assert part_of(batch, 0, 1) == batch
 
 
-def test_repeated_augmentation_shows_each_picture_several_times():
+def test_repeated_augmentation_shows_each_image_several_times():
     batches = EpochBatches(30, 6, 0, repeats=3)
     epoch = list(batches)
     assert len(epoch) == batches.steps == 5
     for batch in epoch:
-        assert len({draw.picture for draw in batch}) == 2
+        assert len({draw.index for draw in batch}) == 2
         assert sorted(draw.copy for draw in batch) == [0, 0, 1, 1, 2, 2]
-    assert len({draw.picture for batch in epoch for draw in batch}) == 10  # a third of the pictures
+    assert len({draw.index for batch in epoch for draw in batch}) == 10  # a third of the images
 
 
 def test_batches_that_cannot_be_are_refused():
@@ -60,7 +60,7 @@ def test_batches_that_cannot_be_are_refused():
         EpochBatches(100, 10, 0, 0, 2, 2)
     with pytest.raises(InputError, match=r"not a multiple of augmentation\.repeats 3"):
         EpochBatches(100, 10, 0, repeats=3)
-    with pytest.raises(InputError, match="batch_size 10 is more than the 9 training pictures"):
+    with pytest.raises(InputError, match="batch_size 10 is more than the 9 training images"):
         EpochBatches(9, 10, 0)
 
 

@@ -16,15 +16,16 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from test_export import card_of, disturbed
 from torch import Tensor, fx
 
-from sret import SReT, fuse
-from sret import export as exporting
-from sret.checkpoint import save_weights
-from sret.config import ModelConfig, StageConfig
-from sret.deep import deep_config
-from sret.export import export_model, to_onnx
+from sret import SReT
+from sret.checkpoints.card import save_weights
+from sret.export import export as exporting
+from sret.export.export import export_model, to_onnx
 from sret.layers.recursion import CompiledPass
-from sret.optim import make_ema
-from sret.variants import DEEP
+from sret.models import fuse
+from sret.models.config import ModelConfig, StageConfig
+from sret.models.deep import deep_config
+from sret.models.variants import DEEP
+from sret.training.optim import make_ema
 
 THOUSAND = DEEP["sret_deep_1008_32"]
 
@@ -114,7 +115,7 @@ def loss(model: SReT) -> Tensor:
 
 
 def train_and_evaluate(model: SReT) -> None:
-    """Two steps and two evaluations, the last of fewer pictures."""
+    """Two steps and two evaluations, the last of fewer images."""
     for batch_size in (4, 3):
         loss(model).backward()
         with torch.no_grad():

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from test_data import make_folder
 from test_train import MODEL, NONE, RECIPE
 
-from sret import InputError, SReT, soft_labels
-from sret.checkpoint import Card, save_weights
-from sret.distill import Teacher
-from sret.labelling import write_soft_labels
-from sret.preprocess import Preprocessing
-from sret.recipe import Distillation
-from sret.sampling import Draw
-from sret.soft_labels import ReplayDataset
-from sret.sources import load_data
-from sret.train import train
+from sret import InputError, SReT
+from sret.checkpoints.card import Card, save_weights
+from sret.data.preprocess import Preprocessing
+from sret.data.sampler import Draw
+from sret.data.sources import load_data
+from sret.training.distillation import soft_labels
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.precompute import write_soft_labels
+from sret.training.distillation.soft_labels import ReplayDataset
+from sret.training.distillation.teacher import Teacher
+from sret.training.loop import train
 
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.25,))
 OPTIONS = {"crops": 2, "top_k": 4, "batch_size": 32, "seed": 3}
@@ -51,14 +52,14 @@ def replayed(labels) -> ReplayDataset:
     return ReplayDataset(labels, load_data("digits"), GREY)
 
 
-def test_a_replayed_picture_gets_the_answer_that_the_teacher_gives_to_it(replayed, teacher):
+def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed, teacher):
     """The online teacher, asked about what the student is shown, answers what was stored: exactly the crop."""
-    from sret.checkpoint import load_weights
+    from sret.checkpoints.card import load_weights
 
     online = Teacher(load_weights(teacher.teacher)[0], GREY, GREY, teacher.temperature)
-    for picture in (0, 7, 1000, 1221):  # of both shards
+    for image in (0, 7, 1000, 1221):  # of both shards
         for epoch in range(2):
-            image, target, errors = replayed[Draw(picture, epoch)]
+            image, target, errors = replayed[Draw(image, epoch)]
             answer = online(image[None])[0]
             kept = answer.topk(4).indices
             torch.testing.assert_close(target[kept], answer[kept], atol=1e-3, rtol=1e-3)
@@ -144,32 +145,32 @@ def test_a_run_learns_from_them_and_mixes_them(labels, tmp_path):
     assert all(torch.equal(t, expected[k]) for k, t in load_file(tmp_path / "again" / "last.safetensors").items())
 
 
-def test_pictures_that_cannot_be_read_are_skipped_in_both_passes(tmp_path):
+def test_images_that_cannot_be_read_are_skipped_in_both_passes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(8):
             pixels = np.random.default_rng(i).integers(0, 255, (30, 20), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{i}.png")
     data = load_data(str(tmp_path / "pets"))
-    data.split("train").images[1].write_text("no picture")
+    data.split("train").images[1].write_text("no image")
     model = SReT(replace(MODEL, num_classes=2))
     path = tmp_path / "teacher.safetensors"
     save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
     pets, pass_ = str(tmp_path / "pets"), {"crops": 1, "top_k": 5}  # of two classes
-    with pytest.raises(InputError, match="not a picture that can be read"):
+    with pytest.raises(InputError, match="not an image that can be read"):
         list(write_soft_labels(tmp_path / "strict", pets, Distillation(teacher=str(path)), **pass_))
     with pytest.warns(UserWarning, match="number 1 of at most 1"):
         list(write_soft_labels(tmp_path / "out", pets, Distillation(teacher=str(path)), max_corrupt=1, **pass_))
     dataset = ReplayDataset(tmp_path / "out", data, GREY, max_corrupt=1)
     image, target, errors = dataset[Draw(1, 0)]
-    assert "no picture" not in errors
-    assert "not a picture" in errors
+    assert "no image" not in errors
+    assert "not an image" in errors
     assert torch.equal(image, dataset[Draw(2, 0)][0])
     assert torch.equal(target, dataset[Draw(2, 0)][1])
     good = data.split("train").images[0].read_bytes()
-    data.split("train").images[1].write_bytes(good)  # mended since: its answer is still that to no picture
+    data.split("train").images[1].write_bytes(good)  # mended since: its answer is still that to no image
     image, target, errors = dataset[Draw(1, 0)]
-    assert "picture 1 could not be read when the teacher was asked" in errors
+    assert "image 1 could not be read when the teacher was asked" in errors
     assert torch.equal(target, dataset[Draw(2, 0)][1])
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from sret.data import ImageDataset
+from sret.data.dataset import ImageDataset
+from sret.data.preprocess import Encoded, Preprocessing
+from sret.data.sources import load_data, shards
+from sret.data.sources.huggingface import Columns
 from sret.errors import InputError, InputWarning
-from sret.preprocess import Encoded, Preprocessing
-from sret.sources import load_data, shards
-from sret.sources.hub import Columns
 
 RGB = Preprocessing(img_size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -39,19 +39,19 @@ def _nothing_leaves_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    """A one-coloured picture whose every pixel says which it is."""
+    """A one-coloured image whose every pixel says which it is."""
     file = io.BytesIO()
     Image.new("RGB", size, (value % 256, value // 256, 0)).save(file, "PNG")
     return file.getvalue()
 
 
-def value_of(picture: Encoded) -> int:
-    red, green, _ = RGB.load(picture).getpixel((0, 0))
+def value_of(image: Encoded) -> int:
+    red, green, _ = RGB.load(image).getpixel((0, 0))
     return red + 256 * green
 
 
 def write_parquet(path: Path, values: Sequence[int], names: Sequence[str] = ("cat", "dog"), **changes: object) -> Path:
-    """As the datasets library writes it: `values` are the pictures, and modulo the number of names, their labels."""
+    """As the datasets library writes it: `values` are the images, and modulo the number of names, their labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {
         "img": [{"bytes": png(value), "path": None} for value in values],
@@ -107,8 +107,8 @@ def test_parquet_files_are_splits_with_the_names_of_their_classes(tmp_path):
     assert sizes(data) == {"train": 16, "val": 4}
     assert data.class_names == ("cat", "dog")
     train, val = data.given["train"], data.given["val"]
-    assert [value_of(picture) for picture in train.images] == list(range(16))
-    assert [value_of(picture) for picture in val.images] == list(range(300, 304))
+    assert [value_of(image) for image in train.images] == list(range(16))
+    assert [value_of(image) for image in val.images] == list(range(300, 304))
     assert train.labels == [value % 2 for value in range(16)]
     assert train.images[3].content == png(3)
     assert data.crop_pct == 1.0
@@ -174,7 +174,7 @@ def test_numbers_that_are_no_classes_are_refused(tmp_path, labels, message):
 
 def test_a_gap_in_the_numbers_is_told(tmp_path):
     path = write_plain_parquet(tmp_path / "a.parquet", [0, 4, 5])
-    with pytest.warns(InputWarning, match="taken for 6 classes, though 3 lack pictures"):
+    with pytest.warns(InputWarning, match="taken for 6 classes, though 3 lack images"):
         assert len(load_data(str(path)).class_names) == 6
 
 
@@ -183,13 +183,13 @@ def test_rows_without_a_label_are_refused(tmp_path):
         load_data(str(write_plain_parquet(tmp_path / "a.parquet", [0, None, 1])))
 
 
-def test_pictures_are_decoded_when_they_are_loaded_and_no_sooner(tmp_path):
-    broken = [{"bytes": b"no picture", "path": None}, None, {"bytes": png(2), "path": "x"}]
+def test_images_are_decoded_when_they_are_loaded_and_no_sooner(tmp_path):
+    broken = [{"bytes": b"no image", "path": None}, None, {"bytes": png(2), "path": "x"}]
     path = write_parquet(tmp_path / "a.parquet", range(3), img=broken)
     images = load_data(str(path)).given["all"].images
     assert value_of(images[2]) == 2
     for row in (0, 1):
-        with pytest.raises(InputError, match=rf"a\.parquet, all, row {row}: not a picture"):
+        with pytest.raises(InputError, match=rf"a\.parquet, all, row {row}: not an image"):
             RGB.load(images[row])
 
 
@@ -231,8 +231,8 @@ def test_columns_are_found(features, expected):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({"text": Value("string"), "label": NAMED}, r"no column of pictures.*text \(string\), label \(ClassLabel\)"),
-        ({"left": IMAGE, "right": IMAGE, "label": NAMED}, r"more than one column of pictures.*left \(Image\)"),
+        ({"text": Value("string"), "label": NAMED}, r"no column of images.*text \(string\), label \(ClassLabel\)"),
+        ({"left": IMAGE, "right": IMAGE, "label": NAMED}, r"more than one column of images.*left \(Image\)"),
         ({"image": IMAGE, "width": INT, "label": Value("string")}, r"no column of labels.*width \(int64\)"),
         ({"image": IMAGE, "shape": NAMED, "colour": NAMED}, r"no column of labels.*shape \(ClassLabel\)"),
     ],
@@ -274,7 +274,7 @@ def test_a_hub_set_has_our_splits_and_no_hidden_labels(hub):
     assert data.name == "hf:some/set@small"
     assert sizes(data) == {"train": 6, "val": 2}
     assert data.class_names == ("cat", "dog")
-    assert [value_of(picture) for picture in data.given["val"].images] == [6, 7]
+    assert [value_of(image) for image in data.given["val"].images] == [6, 7]
     assert data.given["train"].images[1] == Encoded("hf:some/set@small, train, row 1", png(1))
 
 
@@ -305,9 +305,9 @@ def test_a_hub_set_made_of_files_gives_their_paths(hub, tmp_path):
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "a.png")}], "label": [0]}
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["cat"])})
     hub["hf://datasets/some/set", None] = DatasetDict(train=Dataset.from_dict(rows, features=features))
-    picture = load_data("hf:some/set").given["train"].images[0]
-    assert picture == tmp_path / "a.png"
-    assert value_of(picture) == 7
+    image = load_data("hf:some/set").given["train"].images[0]
+    assert image == tmp_path / "a.png"
+    assert value_of(image) == 7
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_an_index_is_made_once_for_a_shard_that_does_not_change(tmp_path, monkey
 
     def read() -> list[int]:
         made.clear()
-        return [value_of(picture) for picture in load_data(str(tmp_path)).given["all"].images]
+        return [value_of(image) for image in load_data(str(tmp_path)).given["all"].images]
 
     assert (read(), sorted(made)) == ([0, 1], ["a.tar", "b.tar"])
     assert (read(), made) == ([0, 1], [])
@@ -465,17 +465,17 @@ def test_a_shard_that_is_cut_while_it_is_in_use_is_named(tmp_path):
     [
         ({"k.jpg": b""}, r"k has no label: a file k\.cls with a number, or \.json"),
         ({"k.jpg": b"", "k.txt": "a caption"}, "k has no label"),
-        ({"k.cls": "0"}, "k has a label, but no picture"),
-        ({"k.cls": "0", "k.jpg": b"", "k.png": b""}, r"k\.png: a second picture of its key"),
+        ({"k.cls": "0"}, "k has a label, but no image"),
+        ({"k.cls": "0", "k.jpg": b"", "k.png": b""}, r"k\.png: a second image of its key"),
         ({"k.cls": "cat", "k.jpg": b""}, r"k\.cls should hold the number of a class; it holds b'cat'"),
         ({"k.cls": "9" * 30, "k.jpg": b""}, r"k\.cls should hold the number of a class"),
         ({"k.json": "{}", "k.jpg": b""}, r"k\.json should hold an object with a number \"label\""),
         ({"k.json": "[1]", "k.jpg": b""}, r"k\.json should hold"),
         ({"k.json": '{"label": true}', "k.jpg": b""}, r"k\.json should hold"),
-        ({"README": ""}, "its all split holds no pictures"),
+        ({"README": ""}, "its all split holds no images"),
     ],
 )
-def test_shards_without_a_picture_and_a_label_for_each_key_are_refused(tmp_path, files, message):
+def test_shards_without_a_image_and_a_label_for_each_key_are_refused(tmp_path, files, message):
     write_shard(tmp_path / "a.tar", files)
     with pytest.raises(InputError, match=message):
         load_data(str(tmp_path))
@@ -496,16 +496,16 @@ def test_class_files_name_every_class(tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "shards"])
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_processes_that_load_pictures_read_the_same_bytes(tmp_path, kind, start):
+def test_processes_that_load_images_read_the_same_bytes(tmp_path, kind, start):
     write = {"parquet": write_parquet, "shards": lambda path, values: write_shard(path, labelled(values))}[kind]
     suffix = {"parquet": "parquet", "shards": "tar"}[kind]
     for part in range(3):
         write(tmp_path / "x" / f"train-{part}.{suffix}", range(20 * part, 20 * part + 20))
     samples = load_data(str(tmp_path / "x")).given["train"]
     assert value_of(samples.images[0]) == 0  # whatever is opened at the first use is open
-    if start == "spawn":  # which sends the pictures pickled; without the 5 seconds it takes to import torch
+    if start == "spawn":  # which sends the images pickled; without the 5 seconds it takes to import torch
         samples = pickle.loads(pickle.dumps(samples))
-        assert [value_of(picture) for picture in samples.images] == list(range(60))
+        assert [value_of(image) for image in samples.images] == list(range(60))
         return
     order = np.random.default_rng(0).permutation(60).tolist()
     dataset = ImageDataset(samples.take(order), RGB)
@@ -580,7 +580,7 @@ def test_of_files_only_parquet_and_tar_are_data(tmp_path):
 
 
 def write_cifar(root: Path, name: str, num_classes: int) -> None:
-    """Ten training pictures and two for testing, picture i in one red of 10 i, in torchvision's files."""
+    """Ten training images and two for testing, image i in one red of 10 i, in torchvision's files."""
     kind = getattr(torchvision.datasets, name)
     folder = root / kind.base_folder
     folder.mkdir(parents=True)

@@ -7,7 +7,7 @@ from sret.layers import ConvPool, ConvStem
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(64, 64), (33, 17), (232, 96)])
-def test_the_stem_divides_the_picture_and_rounds_up(stride, size):
+def test_the_stem_divides_the_image_and_rounds_up(stride, size):
     y = ConvStem(3, 16, stride)(torch.randn(1, 3, *size))
     assert y.shape == (1, 16, -(-size[0] // stride), -(-size[1] // stride))
     assert y.min() >= 0  # the last of its layers is a ReLU

@@ -12,17 +12,20 @@ from conftest import small_config
 from safetensors.torch import load_file
 from test_data import make_folder
 
-from sret import InputError, ModelConfig, SReT, StageConfig, parallel, run
-from sret.augment import Augmentation
-from sret.checkpoint import load_state, load_weights
-from sret.labelling import write_soft_labels
-from sret.optim import make_optimizer, make_schedule
-from sret.recipe import OPTIMIZERS, Distillation, Launch, TrainConfig, changes
-from sret.report import merit
-from sret.run import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
-from sret.sources import load_data
-from sret.train import train
-from sret.variants import config_of
+from sret import InputError, ModelConfig, SReT, StageConfig
+from sret.checkpoints.card import load_state, load_weights
+from sret.data.config import Augmentation
+from sret.data.sources import load_data
+from sret.errors import describe_changes
+from sret.models.variants import config_of
+from sret.training import distributed as parallel
+from sret.training import run_dir as run
+from sret.training.config import OPTIMIZERS, Distillation, Launch, TrainConfig
+from sret.training.distillation.precompute import write_soft_labels
+from sret.training.loop import train
+from sret.training.optim import make_optimizer, make_schedule
+from sret.training.progress import merit
+from sret.training.run_dir import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
 
 AFFINE = Augmentation(geometry="affine", flip=False)
 NONE = Augmentation(geometry="none", flip=False)
@@ -241,7 +244,7 @@ def test_a_finished_run_is_only_reported(whole):
 
 
 def test_what_a_recipe_left_out_is_called_so():
-    assert changes({"model": {}, "init": None}, {"model": {"img_size": 32}, "init": "a"}) == [
+    assert describe_changes({"model": {}, "init": None}, {"model": {"img_size": 32}, "init": "a"}) == [
         "init was None, now 'a'",
         "model.img_size was left out, now 32",
     ]
@@ -341,7 +344,7 @@ def test_model_and_data_must_fit(tmp_path):
         train(replace(RECIPE, model=replace(MODEL, num_classes=7)), tmp_path / "run")
     with pytest.raises(InputError, match=r"the model takes 3 channels, digits has 1; set model.in_chans to 1"):
         train(replace(RECIPE, model=replace(MODEL, in_chans=3)), tmp_path / "run")
-    with pytest.raises(InputError, match="batch_size 5000 is more than the 1222 training pictures"):
+    with pytest.raises(InputError, match="batch_size 5000 is more than the 1222 training images"):
         train(replace(RECIPE, batch_size=5000), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -403,7 +406,10 @@ def test_recipes_that_cannot_be_are_refused(field, value):
 
 def test_changes_between_recipes_are_named_with_their_place():
     other = replace(RECIPE, epochs=3, model=replace(MODEL, drop_rate=0.0))
-    assert changes(RECIPE.to_dict(), other.to_dict()) == ["epochs was 2, now 3", "model.drop_rate was 0.1, now 0.0"]
+    assert describe_changes(RECIPE.to_dict(), other.to_dict()) == [
+        "epochs was 2, now 3",
+        "model.drop_rate was 0.1, now 0.0",
+    ]
 
 
 def groups_of(model: SReT, **changes: object) -> list[dict]:
@@ -467,18 +473,18 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     assert (tmp_path / "run" / METRICS).read_text().splitlines() == rows
 
 
-def test_unreadable_pictures_are_skipped_up_to_the_limit(tmp_path):
+def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
     folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 12})
     for split in ("train", "val"):
         broken = load_data(str(folder)).split(split).images[0]
-        broken.write_text("no picture")
+        broken.write_text("no image")
     recipe = TrainConfig(model=small_config(num_classes=2), data=str(folder), epochs=2, batch_size=8, warmup_epochs=0)
-    with pytest.warns(UserWarning, match="not a picture that can be read; skipped, number 2 of at most 2"):
+    with pytest.warns(UserWarning, match="not an image that can be read; skipped, number 2 of at most 2"):
         train(recipe, tmp_path / "run", launch=Launch(max_corrupt=2))
     assert len(load_state(tmp_path / "run" / STATE)["unreadable"]) == 2
-    with pytest.raises(InputError, match="more pictures than max_corrupt 1 cannot be read"):
+    with pytest.raises(InputError, match="more images than max_corrupt 1 cannot be read"):
         train(recipe, tmp_path / "strict", launch=Launch(max_corrupt=1))
-    with pytest.raises(InputError, match=r"png: not a picture that can be read; mend or remove"):
+    with pytest.raises(InputError, match=r"png: not an image that can be read; mend or remove"):
         train(recipe, tmp_path / "stricter")
     train(recipe, tmp_path / "strict", resume="auto", launch=Launch(max_corrupt=2))  # as the message advises
 
@@ -488,7 +494,7 @@ def test_accumulation_computes_the_same_step(tmp_path):
     plain = replace(MODEL, drop_rate=0.0, drop_path_rate=0.0)
     recipe = replace(RECIPE, model=plain, optimizer="sgd", freeze=("stem",), mixup=0.8, cutmix=1.0)
     train(recipe, tmp_path / "whole", max_steps=4)
-    train(recipe, tmp_path / "parts", max_steps=4, launch=Launch(accumulation=4))
+    train(recipe, tmp_path / "parts", max_steps=4, launch=Launch(grad_accum_steps=4))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
@@ -540,9 +546,9 @@ def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch,
 
 def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="shard divides the model among processes, and there is one"):
-        train(RECIPE, tmp_path / "run", launch=Launch(shard=True))
+        train(RECIPE, tmp_path / "run", launch=Launch(fsdp=True))
     with pytest.raises(InputError, match="compile and shard exclude each other"):
-        Launch(compile=True, shard=True)
+        Launch(compile=True, fsdp=True)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 processes were launched, and accelerate sees 1"):
         train(RECIPE, tmp_path / "run")

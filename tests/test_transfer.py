@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from test_weights import official_state_dict
 
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.checkpoint import Card, save_weights
-from sret.preprocess import Preprocessing
-from sret.recipe import TrainConfig
-from sret.train import train
-from sret.transfer import read_source, transfer, transfer_file
-from sret.variants import config_of
-from sret.weights import to_official
+from sret.checkpoints.adapt import read_source, transfer, transfer_file
+from sret.checkpoints.card import Card, save_weights
+from sret.checkpoints.official import to_official
+from sret.data.preprocess import Preprocessing
+from sret.models.variants import config_of
+from sret.training.config import TrainConfig
+from sret.training.loop import train
 
 
 def deep(passes: int, **changes: object) -> ModelConfig:
@@ -273,7 +273,7 @@ def test_the_state_of_a_run_is_answered_with_the_weights_beside_it(tmp_path):
 
 
 def test_the_authors_format_of_a_model_of_ones_own_is_read_at_any_size(tmp_path):
-    """Also for pictures too small for the slices of the published models."""
+    """Also for images too small for the slices of the published models."""
     config = deep(4, residual_scale="one", img_size=16)
     source = lively(SReT(config))
     torch.save({"model": to_official(source.state_dict(), config)}, tmp_path / "own.pth")

@@ -9,7 +9,7 @@ import torch
 from conftest import DATA
 
 from sret import InputError, SReT, model_cost
-from sret.variants import CONFIGS, PUBLISHED, RELEASES, config_of
+from sret.models.variants import CONFIGS, PUBLISHED, RELEASES, config_of
 
 OFFICIAL = json.loads((DATA / "official_variants.json").read_text())
 NAMES = {

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from test_variants import NAMES
 
 import sret
-from sret import InputError, SReT, weights
+from sret import InputError, SReT
+from sret.checkpoints import official as weights
 from sret.errors import InputWarning
 from sret.layers import replay
-from sret.variants import RELEASES, config_of
+from sret.models.variants import RELEASES, config_of
 
 OFFICIAL = json.loads((DATA / "official_variants.json").read_text())
 
@@ -246,7 +247,7 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(drive, tmp_path):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
 def test_weights_go_over_to_other_channels(before, after):
-    """What grey weights answer to a picture, they answer to its three equal channels, and the other way round."""
+    """What grey weights answer to an image, they answer to its three equal channels, and the other way round."""
     source, target = (SReT(small_config(in_chans=channels)).eval() for channels in (before, after))
     weights.load_pretrained(target, source.state_dict())
     grey = torch.randn(2, 1, 64, 64)

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from sret import ModelConfig, StageConfig
-from sret.augment import Augmentation
-from sret.labelling import write_soft_labels
-from sret.recipe import Distillation, Launch, TrainConfig
-from sret.run import BEST
-from sret.train import train
+from sret.data.config import Augmentation
+from sret.training.config import Launch, TrainConfig
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.precompute import write_soft_labels
+from sret.training.loop import train
+from sret.training.run_dir import BEST
 
 STEPS = 5
 MODEL = ModelConfig(
@@ -42,13 +43,13 @@ DEEPER = ((4, 2, 2, 1, 2, 4, 1, 2, 1, 4, 2), (1,) * 8)
 POLICIES = ("pass", "nested", "reversible", "truncated:2")
 LAYOUTS = {
     "ddp": Launch(),
-    "sharded": Launch(shard=True),
+    "sharded": Launch(fsdp=True),
     **{f"ddp_{policy}": Launch() for policy in POLICIES},
-    **{f"sharded_{policy}": Launch(shard=True) for policy in POLICIES},
-    "sharded_accumulated": Launch(shard=True, accumulation=2),
-    "ddp_accumulated": Launch(accumulation=2),
+    **{f"sharded_{policy}": Launch(fsdp=True) for policy in POLICIES},
+    "sharded_accumulated": Launch(fsdp=True, grad_accum_steps=2),
+    "ddp_accumulated": Launch(grad_accum_steps=2),
     "ddp_bf16": Launch(),
-    "sharded_bf16": Launch(shard=True),
+    "sharded_bf16": Launch(fsdp=True),
 }
 
 
@@ -69,8 +70,8 @@ if __name__ == "__main__":
     for name, launch in LAYOUTS.items():
         train(recipe_of(name), out / name, max_steps=STEPS, launch=launch)
     for name in ("sharded", "ddp"):  # begun by one process (and "sharded" by two of DDP in between)
-        launch = Launch(shard=name == "sharded")
+        launch = Launch(fsdp=name == "sharded")
         train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, launch=Launch())
         train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, launch=launch)
-    train(RECIPE, out / "back", max_steps=3, launch=Launch(shard=True))
+    train(RECIPE, out / "back", max_steps=3, launch=Launch(fsdp=True))
     list(write_soft_labels(out / "labels", "digits", Distillation(teacher=str(out / "ddp" / BEST)), crops=1))

@@ -1,19 +1,33 @@
 """Recursive vision transformers: build, train, measure, ship.
 
-Importing `sret` registers the published models with timm: `timm.create_model("sret_t")`.
+Importing `sret` registers its models with timm: `timm.create_model("sret_t")`.
+
+The names below are imported when they are first used, and the models are registered when timm is imported, because
+torch and timm take seconds to import, and `sret --help` needs neither.
 """
 
-from sret import layers, registry, weights
-from sret.checkpoint import load
-from sret.config import ModelConfig, StageConfig
-from sret.cost import model_cost
-from sret.deep import deep_config
-from sret.errors import InputError
-from sret.fuse import fuse
-from sret.model import SReT
-from sret.weights import load_official
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from sret.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from sret import layers, registry
+    from sret.checkpoints import official as weights
+    from sret.checkpoints.card import load
+    from sret.checkpoints.official import load_official
+    from sret.errors import InputError
+    from sret.models.config import ModelConfig, StageConfig
+    from sret.models.cost import model_cost
+    from sret.models.deep import deep_config
+    from sret.models.fuse import fuse
+    from sret.models.sret import SReT
 
 __all__ = [
     "InputError",
@@ -29,3 +43,56 @@ __all__ = [
     "registry",
     "weights",
 ]
+
+_MODULE_OF = {
+    "InputError": "sret.errors",
+    "ModelConfig": "sret.models.config",
+    "SReT": "sret.models.sret",
+    "StageConfig": "sret.models.config",
+    "deep_config": "sret.models.deep",
+    "fuse": "sret.models.fuse",
+    "layers": "sret.layers",
+    "load": "sret.checkpoints.card",
+    "load_official": "sret.checkpoints.official",
+    "model_cost": "sret.models.cost",
+    "registry": "sret.registry",
+    "weights": "sret.checkpoints.official",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'sret' has no attribute {name!r}")
+    module = importlib.import_module(_MODULE_OF[name])
+    return module if name in ("layers", "registry", "weights") else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+class _RegisterWithTimm(MetaPathFinder):
+    """Imports `sret.registry` right after timm."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and (loader := spec.loader) is not None:
+            exec_timm = loader.exec_module
+
+            def exec_and_register(module: ModuleType) -> None:
+                exec_timm(module)
+                importlib.import_module("sret.registry")
+
+            loader.exec_module = exec_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("sret.registry")
+else:
+    sys.meta_path.insert(0, _RegisterWithTimm())

@@ -1,8 +1,9 @@
-"""What a user can cause and mend: every message says what was given, what would work and what to do next."""
+"""Errors that a user can cause and correct, and the phrases that their messages are made of."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -10,25 +11,65 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """A guess was made that the user should know of."""
+    """Something that the user should know of and may want to change."""
 
 
 @contextmanager
-def naming(subject: object) -> Iterator[None]:
-    """An `InputError` raised within says first what it is about, such as a file."""
+def error_prefix(subject: object) -> Iterator[None]:
+    """Within this context an `InputError` gets a prefix that says what it is about, such as a file."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{subject}: {error}") from error.__cause__
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def some(phrases: Sequence[str], most: int = 5) -> str:
+def first_few(phrases: Sequence[str], limit: int = 5) -> str:
     """The first phrases, and how many more there are."""
-    more = f" and {len(phrases) - most} more" if len(phrases) > most else ""
-    return "; ".join(phrases[:most]) + more
+    more = f" and {len(phrases) - limit} more" if len(phrases) > limit else ""
+    return "; ".join(phrases[:limit]) + more
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The differences between two nested dicts of plain values, one phrase per field."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        a, b = before.get(key, _MISSING), now.get(key, _MISSING)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += describe_changes(a, b, f"{prefix}{key}.")
+        elif before.get(key) != now.get(key):
+            found.append(f"{prefix}{key} was {_shorten(a)}, now {_shorten(b)}")
+    return found
+
+
+_MISSING = object()
+
+
+def _shorten(value: Any) -> str:
+    text = "missing" if value is _MISSING else repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# Wording of torch's allocators for Linux and Windows, of C++, oneDNN, MPS and CUDA's libraries.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "out of memory",
+    "Failed to allocate",
+    "ALLOC_FAILED",
+    "Storage size calculation overflowed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )

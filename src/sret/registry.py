@@ -2,25 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from sret import drive
-from sret.config import ModelConfig
-from sret.errors import InputError, nearest
-from sret.model import SReT
-from sret.transfer import transfer_file
-from sret.variants import CONFIGS, DEEP, RELEASES, Release, config_of
+from sret.checkpoints import download
+from sret.errors import InputError, did_you_mean
+from sret.models.config import ModelConfig
+from sret.models.variants import CONFIGS, DEEP, RELEASES, Release, config_of
+
+if TYPE_CHECKING:
+    from sret.models.sret import SReT
 
 
 def _default_cfg(name: str, release: Release | None = None) -> dict[str, Any]:
     config = config_of(name)
     height, width = config.input_size
     return {
-        "url": drive.drive_url(release.drive_id) if release else "",
+        "url": download.drive_url(release.drive_id) if release else "",
         "num_classes": config.num_classes,
         "input_size": (3, height, width),
         "pool_size": config.grids()[-1],
@@ -41,17 +42,23 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """What timm's entry points do, with files read by `sret.transfer` instead of timm's loader."""
+    """What timm's entry points do, with files read by `sret.checkpoints.adapt` instead of timm's loader."""
+    # Here, because this module is imported while timm is, perhaps in the midst of an import of these.
+    from sret.checkpoints.adapt import transfer_file
+    from sret.models.sret import SReT
+
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     path: Path | str | None = None
     if pretrained and not source.state_dict:
-        path = source.file or (drive.fetch(str(source.url)) if drive.is_drive_url(source.url) else None)
+        path = source.file or (download.fetch(str(source.url)) if download.is_drive_url(source.url) else None)
 
-    def build(cfg: ModelConfig, **options: Any) -> SReT:
+    def build(cfg: ModelConfig, **options: Any) -> "SReT":
         names = list(cfg.to_dict())
         for name in options:
             if name not in names:
-                raise InputError(f"a model has no option {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+                raise InputError(
+                    f"a model has no option {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+                )
         model = SReT(replace(cfg, **options))
         if path:  # here, since timm prunes what `features_only` does not need
             transfer_file(model, path)

@@ -2,9 +2,8 @@
 
 from sret.layers.attention import AttentionResidual, SlicedAttention
 from sret.layers.block import Block
-from sret.layers.memory import Memory
 from sret.layers.mlp import MlpResidual
-from sret.layers.permute import IndexPermutation, Permutation, Permuter, StridedPermutation, replay
+from sret.layers.permutation import IndexPermutation, Permutation, Permuter, StridedPermutation, replay
 from sret.layers.position import PositionEmbedding
 from sret.layers.projection import NonLinearProjection
 from sret.layers.recursion import Recursion
@@ -20,7 +19,6 @@ __all__ = [
     "ConvStem",
     "IndexPermutation",
     "LearnableResidual",
-    "Memory",
     "MlpResidual",
     "NonLinearProjection",
     "Permutation",

@@ -15,25 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sret.errors import InputError
-from sret.layers.context import is_listened_to
-from sret.layers.dot_product import attend
-from sret.layers.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
-from sret.layers.permute import Permutation, StridedPermutation
+from sret.kernels.attention import attend
+from sret.kernels.conditions import is_listened_to
+from sret.kernels.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
+from sret.kernels.slices import slice_lengths
+from sret.layers.permutation import Permutation, StridedPermutation
 from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
-
-
-def slice_lengths(num_tokens: int, num_groups: int) -> list[tuple[int, int]]:
-    """How `num_tokens` are cut into `num_groups` slices: `[(slices, tokens in each), ...]`, one or two entries.
-
-    Lengths differ by one token at most, the longer slices come first. Raises `InputError` if a slice would be empty.
-    """
-    if not 1 <= num_groups <= num_tokens:
-        raise InputError(
-            f"{num_tokens} token(s) cannot form {num_groups} slices; try at most {num_tokens}, or a larger image"
-        )
-    length, longer = divmod(num_tokens, num_groups)
-    cuts = [(longer, length + 1), (num_groups - longer, length)]
-    return [cut for cut in cuts if cut[0]]
 
 
 class SlicedAttention(nn.Module):

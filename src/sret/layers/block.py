@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sret.layers.attention import AttentionResidual
 from sret.layers.mlp import MlpResidual
-from sret.layers.permute import Permutation
+from sret.layers.permutation import Permutation
 from sret.layers.residual import AS_PUBLISHED, Coefficients
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from sret.layers.context import is_listened_to
-from sret.layers.linear import (
+from sret.kernels.conditions import is_listened_to
+from sret.kernels.linear import (
     LAYER_NORM_EPS,
     gelu_linear,
     is_plain,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sret.layers.context import is_transformed
+from sret.kernels.conditions import is_transformed
 
 
 def resize(embedding: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sret.errors import InputError
+from sret.kernels.checkpointing import CheckpointPolicy
+from sret.kernels.recompute import Chain, is_replayable, recomputed, without_gradient
 from sret.layers.block import Block, one_pass
-from sret.layers.memory import Chain, Memory, is_replayable, recomputed, without_gradient
-from sret.layers.permute import Permutation
-from sret.layers.straight import StraightPasses
+from sret.layers.permutation import Permutation
 
 # The share of what backward needs of a compiled pass that is stored; what is cheap is computed again instead. At 0.5 a
 # step of `sret_t` was measured to take 0.7 of the memory that it takes at 1, and no more time (bfloat16: a tenth).
@@ -34,8 +34,7 @@ class Recursion(nn.Module):
         projections: one module per pass; `nn.Identity()` leaves a projection out (the ablation).
 
     Attributes:
-        memory: what backward keeps.
-        memory_share: of a memory budget for the whole model, what this recursion may take.
+        policy: what backward keeps.
     """
 
     def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
@@ -45,12 +44,12 @@ class Recursion(nn.Module):
         self.block = block
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
-        self.memory, self.memory_share = Memory(), 1.0
-        self._pass: Callable[..., Tensor] = StraightPasses(len(groups))
+        self.policy = CheckpointPolicy()
+        self._pass: Callable[..., Tensor] = one_pass
 
-    def is_permuted(self, recursion: int) -> bool:
-        """Whether pass number `recursion` (from 0) permutes its tokens: every sliced pass but the first."""
-        return recursion > 0 and self.groups[recursion] > 1
+    def is_permuted(self, pass_index: int) -> bool:
+        """Whether pass number `pass_index` (from 0) permutes its tokens: every sliced pass but the first."""
+        return pass_index > 0 and self.groups[pass_index] > 1
 
     def forward(self, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
         """(B, N, C) -> (B, N, C); `permutations` has one entry per pass, `None` for raster order."""
@@ -60,12 +59,11 @@ class Recursion(nn.Module):
             return self._pass(self.block, projections[i], x, self.groups[i], permutations[i])
 
         first, num_passes = 0, len(self.groups)
-        if torch.is_grad_enabled() and self.memory.kind != "none" and is_replayable(x):
+        if torch.is_grad_enabled() and self.policy.kind != "none" and is_replayable(x):
             chain = Chain(one, self.weights_by_pass, self)
-            if self.memory.passes is None:
-                slots = self.memory.slots(num_passes, x.element_size() * x.numel(), self.memory_share)
-                return recomputed(chain, slots, x)
-            first = max(0, num_passes - self.memory.passes)
+            if self.policy.passes is None:
+                return recomputed(chain, self.policy.num_kept(num_passes), x)
+            first = max(0, num_passes - self.policy.passes)
             x = without_gradient(chain, first, x) if first else x
         for i in range(first, num_passes):
             x = one(i, x)
@@ -81,8 +79,7 @@ class Recursion(nn.Module):
         self._pass = CompiledPass(one_pass, len(set(self.groups)), **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither compiled code nor what was looked up of these weights is copied.
-        return {**super().__getstate__(), "_pass": StraightPasses(len(self.groups))}
+        return {**super().__getstate__(), "_pass": one_pass}  # compiled code is not copied
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

@@ -16,8 +16,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sret.layers.context import is_transformed
-from sret.layers.linear import is_plain
+from sret.kernels.conditions import is_transformed
+from sret.kernels.linear import is_plain
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sret.errors import InputError
+from sret.kernels.recompute import SPENT, Chain, Replay, RNGState, is_replayable
 from sret.layers.block import Block
-from sret.layers.memory import SPENT, Chain, Dice, Replay, is_replayable
-from sret.layers.permute import Permutation
+from sret.layers.permutation import Permutation
 from sret.layers.recursion import CompiledPass, Recursion
 from sret.layers.residual import LearnableResidual
 
@@ -60,7 +60,7 @@ class ReversibleRecursion(Recursion):
         def turn(i: int, x: Tensor) -> Tensor:
             return self._change(turns[i][0], x, *turns[i][1])
 
-        if torch.is_grad_enabled() and self.memory.kind == "reversible" and is_replayable(x):
+        if torch.is_grad_enabled() and self.policy.kind == "reversible" and is_replayable(x):
             return reversibly(Chain(turn, lambda: [list(residual.parameters()) for residual, _ in turns], self), x)
         streams = [x, x]
         for i in range(len(turns)):
@@ -79,7 +79,7 @@ class ReversibleRecursion(Recursion):
 def reversibly(chain: Chain, x: Tensor) -> Tensor:
     """The two-stream answer of a chain of changes; backward computes every input from what came out.
 
-    Dice fall as they fell. It can be differentiated once: neither twice over nor a second time.
+    Random numbers are drawn as they were in forward. It can be differentiated once: neither twice over nor a second time.
     """
     return cast(Tensor, _Reversible.apply(chain, x, *chain.trained()))
 
@@ -87,11 +87,11 @@ def reversibly(chain: Chain, x: Tensor) -> Tensor:
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.replay, ctx.dice = Replay(chain, x), [Dice(x)]
+        ctx.replay, ctx.rng_states = Replay(chain, x), [RNGState(x)]
         streams = [x.clone(), x.clone()]
         for i in range(len(chain)):
             if i:
-                ctx.dice.append(ctx.dice[-1].now(x))
+                ctx.rng_states.append(ctx.rng_states[-1].current(x))
             streams[i % 2] += chain.step(i, streams[1 - i % 2])
         ctx.streams = streams
         ctx.save_for_backward(*weights)
@@ -108,7 +108,7 @@ class _Reversible(torch.autograd.Function):
         with replay.started(grad):
             for i in reversed(range(len(replay.chain))):
                 changed, other = i % 2, 1 - i % 2
-                ctx.dice.pop().restore()
+                ctx.rng_states.pop().restore()
                 y, gradient = replay.step(i, streams[other], gradients[changed])
                 streams[changed] -= y
                 if gradient is not None:

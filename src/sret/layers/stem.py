@@ -10,21 +10,16 @@ from torch.nn.functional import relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sret.errors import InputError
-from sret.layers.context import is_listened_to, is_transformed
-
-# Strides of the three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
-STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
+from sret.kernels.conditions import is_listened_to, is_transformed
 
 
 class ConvStem(nn.Module):
-    """(B, in_chans, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)): three 3x3 convolutions to C/2, C, C channels,
+    """(B, in_chans, H, W) -> (B, C, ceil(H / s), ceil(W / s)), s the product of the strides: three 3x3 convolutions to C/2, C, C channels,
     each followed by BatchNorm and ReLU."""
 
-    def __init__(self, in_chans: int, embed_dim: int, stride: int = 8) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, strides: tuple[int, int, int] = (2, 2, 2)) -> None:
         super().__init__()
-        if stride not in STEM_STRIDES:
-            raise InputError(f"stem_stride {stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
-        first, second, third = STEM_STRIDES[stride]
+        first, second, third = strides
         mid = embed_dim // 2
         self.conv1 = nn.Conv2d(in_chans, mid, 3, first, padding=1)
         self.bn1 = nn.BatchNorm2d(mid)

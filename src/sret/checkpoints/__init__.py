@@ -1,0 +1,1 @@
+"""Weights files: reading, writing, converting and adapting them to other models."""

@@ -1,0 +1,203 @@
+"""Weights of one model into another of more or fewer passes.
+
+A block applied R times is taken for a path that R steps divide. In R' passes the same path is walked in other steps:
+
+- Blocks are taken as they are: their weights do not know how often they are applied.
+- Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
+- Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
+  the power of R / R' (a negative one keeps its sign).
+- A projection with more hidden channels than that one has gets new ones whose answers begin at zero; one with fewer
+  keeps those of the largest weights. Where the source has none, projections are new, and add nothing at first.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sret.checkpoints.card import METADATA_KEY, read_card
+from sret.checkpoints.files import StateDict, read_safetensors
+from sret.checkpoints.official import check_fit, fitted, from_official, has_shapes_of, load_pretrained, read_official
+from sret.errors import InputError, error_prefix
+from sret.export.runtime import ENGINES
+from sret.models.config import ModelConfig, StageConfig
+from sret.models.sret import SReT
+from sret.models.variants import PUBLISHED
+
+_KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
+_COEFFICIENTS = ("alpha", "beta")
+_FC1, _FC2, _FC2_BIAS = "branch.fc1.weight", "branch.fc2.weight", "branch.fc2.bias"
+_HIDDEN_AXIS = {_FC1: 0, "branch.fc1.bias": 0, _FC2: 1}
+
+
+def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
+    """Our state dict of a file of ours or of the authors', and the configuration of its model.
+
+    `config`, of the model that shall have them, stands in for what the file does not say: a file of ours without its
+    metadata, or one that was trained with the authors' code and fits no published model.
+    Raises `InputError` if the file cannot be read safely, or is of no model.
+    """
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; name a file of weights in it, such as {Path(path) / 'best.safetensors'}")
+    if Path(path).suffix in ENGINES:
+        raise InputError(f"{path} is an exported model, which is for answering; take the weights it was made of")
+    if Path(path).suffix == ".safetensors":
+        state_dict, metadata = read_safetensors(path)
+        if METADATA_KEY not in metadata:
+            with error_prefix(path):
+                return state_dict, fitted(config, state_dict)
+        card = read_card(path, metadata[METADATA_KEY])
+        if card.is_fused:
+            raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
+        return state_dict, card.config
+    official, _ = read_official(path)
+    if "stem.conv1.weight" in official:
+        raise InputError(
+            f"{path} holds weights of sret, but not as a weights file; take a run's best.safetensors, or what "
+            "safetensors.torch.save_file makes of them"
+        )
+    with error_prefix(path):
+        published = next((variant for variant in PUBLISHED.values() if has_shapes_of(variant, official)), None)
+        source = fitted(published or replace(config, residual_scale="one"), official)
+        return from_official(official, source), source
+
+
+def transfer_file(model: SReT, path: str | os.PathLike[str]) -> list[str]:
+    """The weights of a file into a model: `read_source`, then `transfer`. Its errors name the file."""
+    state_dict, source = read_source(path, model.config)
+    with error_prefix(path):
+        return transfer(model, state_dict, source)
+
+
+@torch.no_grad()
+def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig) -> list[str]:
+    """Our state dict, of a model `source`, into one of other passes, projections, classes, channels or images.
+
+    Returns what was reused, and how, a phrase for each part. Raises `InputError` if the weights are not those of
+    `source`, or if models differ in more than that and what leaves no trace in weights: slices, the stem's stride.
+    """
+    target = model.config
+    with torch.device("meta"):
+        check_fit(state_dict, SReT(source))
+    _check_models(source, target)
+    learned = [key for key, value in state_dict.items() if _is_learned(key, value)]
+    if learned and not target.learnable_residual:
+        raise InputError(
+            f"the weights have learned {learned[0]}, and this model cannot; set learnable_residual to true"
+        )
+    adapted = {key: value for key, value in state_dict.items() if not _KEY.fullmatch(key)}
+    for key, fresh in model.state_dict().items():
+        if not (match := _KEY.fullmatch(key)):
+            continue
+        i, name, taken = int(match[1]), match[3], key
+        before, after = source.stages[i], target.stages[i]
+        if match[2] is not None:
+            if before.projection_ratio is None:
+                adapted[key] = torch.zeros_like(fresh) if name in (_FC2, _FC2_BIAS) else fresh
+                continue
+            number = (2 * int(match[2]) + 1) * before.num_passes // (2 * after.num_passes)
+            taken = key.replace(f".projections.{match[2]}.", f".projections.{number}.")
+        if name in _COEFFICIENTS:
+            factors = source.residual_factor(before), target.residual_factor(after)
+            value = state_dict.get(taken, torch.ones(1))
+            adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
+        elif match[2] is not None and name in _HIDDEN_AXIS:
+            fc1, fc2 = (state_dict[taken.removesuffix(name) + weight] for weight in (_FC1, _FC2))
+            adapted[key] = _resized(name, state_dict[taken], fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
+        else:
+            adapted[key] = state_dict[taken]
+    load_pretrained(model, adapted)
+    return _report(source, target)
+
+
+def _check_models(source: ModelConfig, target: ModelConfig) -> None:
+    """Raises `InputError` if one's weights would be another function in the other."""
+    if source.reversible != target.reversible:
+        kinds = {True: "two streams", False: "one stream"}
+        raise InputError(
+            f"the weights are of a model of {kinds[source.reversible]}, and this one has {kinds[target.reversible]}: "
+            f"another function; set reversible to {str(source.reversible).lower()}"
+        )
+    if len(source.stages) != len(target.stages):
+        raise InputError(f"the weights are of {len(source.stages)} stages, and this model has {len(target.stages)}")
+    for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
+        if (theirs := _blocks(before)) != (ours := _blocks(after)):
+            raise InputError(f"the weights of stage {i + 1} are of {theirs}, and this model has {ours}")
+        walked, wanted = source.residual_factor(before), target.residual_factor(after)
+        is_as_far = math.isclose(walked * before.num_passes, wanted * after.num_passes)
+        if not (target.learnable_residual or is_as_far):
+            raise InputError(
+                f"stage {i + 1}: without learnable coefficients {after.num_passes} passes by {wanted:.3g} do not go as "
+                f"far as {before.num_passes} by {walked:.3g} did; set residual_scale to 'passes' in both models, or "
+                "learnable_residual to true"
+            )
+
+
+def _blocks(stage: StageConfig) -> str:
+    """What has to be equal: weights of as many heads of another width fit, but are another function."""
+    return f"{stage.num_blocks} block(s) of width {stage.embed_dim} and {stage.num_heads} head(s)"
+
+
+def _is_learned(key: str, value: Tensor) -> bool:
+    return key.rpartition(".")[2] in _COEFFICIENTS and bool((value != 1).any())
+
+
+def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
+    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
+    axis, now = _HIDDEN_AXIS[name], len(importance)
+    wanted = fresh.shape[axis]
+    if wanted <= now:
+        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
+    added = fresh.narrow(axis, now, wanted - now).to(value)
+    return torch.cat([value, torch.zeros_like(added) if name == _FC2 else added], axis)
+
+
+def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
+    """A coefficient for steps of `share` times the length."""
+    value = value.double()  # so that an equal step leaves it as it is, after rounding
+    if name == "beta":
+        return value * (share * s / s_new)
+    factor = 1 + s * (value - 1)
+    return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
+
+
+def _hidden_dim(stage: StageConfig) -> int:
+    """Hidden channels of each projection; 0 if there are none."""
+    return int(stage.embed_dim * (stage.projection_ratio or 0))
+
+
+def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
+    lines = []
+    for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
+        passes = f"stage {i + 1}: {after.num_blocks} block(s) reused"
+        if before.num_passes != after.num_passes:
+            passes += (
+                f", {before.num_passes} passes now {after.num_passes} of {before.num_passes / after.num_passes:.3g}"
+            )
+        if after.projection_ratio is None:
+            dropped = before.num_blocks * before.num_passes if before.projection_ratio else 0
+            passes += f"; {dropped} projections left out" if dropped else "; no projections"
+        elif before.projection_ratio is None:
+            passes += f"; {after.num_blocks * after.num_passes} projections afresh, adding nothing at first"
+        else:
+            used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
+            passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
+            passes += f"{before.num_blocks * before.num_passes}"
+            if (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
+                passes += f", {then} hidden channels now {now}"
+        lines.append(passes)
+    if source.num_classes != target.num_classes:
+        lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")
+    if source.stem_stride != target.stem_stride:
+        lines.append(f"stem stride of {source.stem_stride} pixels now {target.stem_stride}")
+    if source.grids()[0] != target.grids()[0]:
+        (h, w), (height, width) = source.grids()[0], target.grids()[0]
+        lines.append(f"position embedding resized from {h}x{w} tokens to {height}x{width}")
+    if source.in_chans != target.in_chans:
+        lines.append(f"first convolution adapted from {source.in_chans} channels to {target.in_chans}")
+    return lines

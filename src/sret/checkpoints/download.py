@@ -1,0 +1,53 @@
+"""Published checkpoints, fetched once from the public Drive ids that the authors list."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from sret.checkpoints.files import read_pickle
+from sret.errors import InputError
+from sret.models.variants import RELEASES
+
+
+def drive_url(drive_id: str) -> str:
+    """Where a public Drive file is looked at and fetched."""
+    return f"https://drive.google.com/uc?id={drive_id}"
+
+
+def is_drive_url(url: object) -> bool:
+    """Whether an address is one that `drive_url` makes."""
+    return isinstance(url, str) and url.startswith(drive_url(""))
+
+
+def cache_dir() -> Path:
+    """Where fetched files are kept: under torch's hub directory, as timm's are."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "sret"
+
+
+def fetch(url: str) -> Path:
+    """The local copy of a published checkpoint, downloaded on first use.
+
+    Raises `InputError` saying how to do it by hand if the download fails; a partial download leaves nothing behind.
+    """
+    import gdown
+
+    drive_id = url.removeprefix(drive_url(""))
+    name = next((name for name, release in RELEASES.items() if release.drive_id == drive_id), drive_id)
+    path = cache_dir() / f"{name}.pth"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        gdown.download(url=url, output=str(partial), quiet=False)
+        read_pickle(partial)  # Drive answers with a page of text when a quota is exceeded: never cache that
+        partial.replace(path)
+    except Exception as error:
+        raise InputError(
+            f"could not fetch {name} from {url} ({error}); open that address in a browser, save the file "
+            f"and use sret.load_official(FILE), or put it at {path}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

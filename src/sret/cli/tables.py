@@ -1,0 +1,113 @@
+"""Tables of what models cost: the published ones side by side, or one stage by stage and pass by pass."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sret.export.runtime import ENGINES, load_model
+from sret.models.cost import model_cost
+from sret.models.variants import CONFIGS, RELEASES, config_of
+
+
+def print_variants(console: Console, size: tuple[int, int] | None) -> None:
+    """Parameters, multiply-adds, slices and published accuracy of every variant, at `size` pixels or its own."""
+    console.print(_variants_table(size))
+    console.print(
+        "MACs: multiply-adds for one image. Slices: of the first / later pass, stage by stage.\n"
+        "Top-1: ImageNet-1K, %, [distilled], as the authors published it; not reproduced here.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _variants_table(size: tuple[int, int] | None) -> Table:
+    table = _table("model", "pixels", "parameters", "MACs", "slices", "top-1")
+    for name, config in CONFIGS.items():
+        cost = model_cost(config, size)
+        height, width = size or config.input_size
+        first, later = ("-".join(str(stage.groups[i]) for stage in config.stages) for i in (0, -1))
+        table.add_row(
+            name,
+            str(height) if height == width else f"{height}x{width}",
+            f"{cost.parameters:,}",
+            f"{cost.macs / 1e9:.2f} G",
+            "none" if {first, later} == {"1-1-1"} else f"{first} / {later}",
+            _published(name),
+        )
+    return table
+
+
+def _table(*columns: str, justify: Literal["left", "right"] = "left") -> Table:
+    """A table that fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, justify=justify, no_wrap=True)
+    return table
+
+
+def _published(variant: str) -> str:
+    def top1(tag: str) -> str:
+        release = RELEASES.get(f"{variant}.{tag}")
+        return f"{release.top1:.1f}" if release else ""
+
+    distilled = f"[{top1('dist_in1k')}]" if top1("dist_in1k") else ""
+    return f"{top1('in1k')} {distilled}".strip().replace("[", r"\[")
+
+
+def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
+    """Parameters, multiply-adds, tokens and slices of one model by stage and pass; `name` may be a file."""
+    if Path(name).suffix in (".safetensors", *ENGINES) or Path(name).is_file():
+        config = load_model(name)[1].config
+    else:
+        config = config_of(name)
+    cost = model_cost(config, size)
+    height, width = size or config.input_size
+    console.print(
+        f"{name} at {height}x{width}: {cost.parameters:,} parameters ({cost.bytes / 2**20:.1f} MiB in float32), "
+        f"{cost.macs / 1e9:.3f} G multiply-adds ({cost.flops / 1e9:.3f} GFLOPs), {config.depth} layers",
+        soft_wrap=True,
+    )
+    table = _table(
+        "stage",
+        "tokens",
+        "dim",
+        "heads",
+        "blocks",
+        "parameters",
+        "pass",
+        "slices",
+        "tokens each",
+        "MACs",
+        justify="right",
+    )
+    for i, (stage, stage_cost) in enumerate(zip(config.stages, cost.stages, strict=True)):
+        last = 0
+        for pass_cost, alike in groupby(stage_cost.passes):
+            first, last = last + 1, last + len(list(alike))
+            rows, columns = stage_cost.grid
+            whole = (
+                str(i + 1),
+                f"{rows}x{columns}",
+                str(stage.embed_dim),
+                str(stage.num_heads),
+                str(stage.num_blocks),
+                f"{stage_cost.parameters:,}",
+            )
+            table.add_row(
+                *(whole if first == 1 else [""] * len(whole)),
+                str(first) if first == last else f"{first}-{last}",
+                str(pass_cost.num_groups),
+                str(pass_cost.slice_length),
+                f"{pass_cost.macs / 1e6:.0f} M",
+                end_section=last == stage.num_passes,
+            )
+    console.print(table)
+    parts = (f"{part} {n:,} ({n / cost.parameters:.0%})" for part, n in cost.parameters_by_part().items())
+    console.print(f"Parameters: {', '.join(parts)}", soft_wrap=True)
+    for tag, release in RELEASES.items():
+        if tag == name or tag.startswith(f"{name}."):
+            console.print(f"{tag}: {release.top1:.1f} % top-1 on ImageNet-1K as published ({release.official})")

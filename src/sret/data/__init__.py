@@ -1,0 +1,1 @@
+"""Image data sets: loading, splits, preprocessing, augmentation."""

@@ -1,0 +1,111 @@
+"""Which images a step sees, and with which dice: a function of (seed, step), whoever computes it.
+
+Letters: B images per step, P parts that a step is computed in (processes x micro-batches).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from sret.errors import InputError
+
+
+class Draw(NamedTuple):
+    """One appearance of an image in training: all that its augmentation may depend on, beside the seed."""
+
+    index: int
+    epoch: int
+    copy: int = 0  # of several in one epoch, with repeated augmentation
+
+
+class EpochBatches(Sampler[list[Draw]]):
+    """The parts of batches that one process loads; the order of an epoch is a function of (seed, epoch).
+
+    A step's B images do not depend on how many parts they are computed in. Images i and B - 1 - i are in one part
+    and stand there mirrored too, because mixup and CutMix pair an image with its mirror (timm's batch mode): so the
+    pairs do not depend on the number of parts either.
+
+    What does not fill a last batch waits for another epoch's order. With `repeats` R (repeated augmentation; Hoffer et
+    al., CVPR 2020, arXiv:1901.09335), a batch holds R differently augmented copies of each image, and an epoch of as
+    many steps sees 1/R of the images.
+
+    Args:
+        rank, num_ranks: of this process.
+        accumulation: parts that one process computes a step in, one after the other.
+
+    Raises `InputError` if there are fewer images than a batch needs, or a batch cannot be shared evenly.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        accumulation: int = 1,
+        repeats: int = 1,
+    ) -> None:
+        num_parts = num_ranks * accumulation
+        if batch_size > num_samples:
+            raise InputError(f"batch_size {batch_size} is more than the {num_samples} training images")
+        if num_parts > 1 and batch_size % (2 * num_parts):
+            raise InputError(
+                f"batch_size {batch_size} cannot be shared by {num_ranks} processes in {accumulation} parts each: "
+                f"it must be a multiple of {2 * num_parts}"
+            )
+        if batch_size % repeats:
+            raise InputError(f"batch_size {batch_size} is not a multiple of augmentation.repeats {repeats}")
+        self.num_samples, self.batch_size, self.seed, self.repeats = num_samples, batch_size, seed, repeats
+        self.rank, self.num_ranks, self.accumulation = rank, num_ranks, accumulation
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch: int, first: int = 0) -> None:
+        """Iterates over this epoch next, from step number `first` of it on."""
+        self.epoch, self.first = epoch, first
+
+    @property
+    def steps(self) -> int:
+        """Steps in a whole epoch, of `accumulation` batches each."""
+        return self.num_samples // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.num_samples)
+        num_parts = self.num_ranks * self.accumulation
+        for step in range(self.first, self.steps):
+            places = range(step * self.batch_size, (step + 1) * self.batch_size)
+            batch = [Draw(int(order[p // self.repeats]), self.epoch, p % self.repeats) for p in places]
+            for k in range(self.accumulation):
+                yield part_of(batch, k * self.num_ranks + self.rank, num_parts)
+
+
+def part_of(batch: Sequence[Draw], part: int, num_parts: int) -> list[Draw]:
+    """One of `num_parts` equal parts of a batch, closed under the mirroring i <-> B - 1 - i."""
+    if num_parts == 1:
+        return list(batch)
+    half = len(batch) // 2
+    return [*batch[:half][part::num_parts], *batch[::-1][:half][part::num_parts][::-1]]
+
+
+@contextmanager
+def seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """Within this context Python's, NumPy's and torch's CPU generators start from `key`; afterwards they are as before.
+
+    Transforms of torchvision draw from torch, those of timm from all three.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

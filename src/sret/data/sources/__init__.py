@@ -1,0 +1,125 @@
+"""Where labelled images come from: one name, whatever holds them."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import distributed
+
+from sret.data.dataset import ImageData
+from sret.data.sources.digits import load_digits
+from sret.data.sources.folder import SPLIT_NAMES, load_folder
+from sret.data.sources.huggingface import load_hub, load_parquet
+from sret.data.sources.torchvision_sets import TORCHVISION_SETS, load_torchvision
+from sret.data.sources.webdataset import load_shards
+from sret.errors import InputError, did_you_mean
+
+__all__ = ["load_data"]
+
+_SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+
+
+def load_data(name: str) -> ImageData:
+    """The data set of that name.
+
+        digits                                       1,797 images that come with scikit-learn
+        cifar10, cifar100, mnist, fashion-mnist      downloaded by torchvision
+        hf:owner/name, hf:owner/name@config          downloaded from the Hugging Face Hub
+        a path                                       images in a folder per class, parquet files, or WebDataset shards
+
+    A folder called `mnist` is given as ./mnist. What a source does not divide is divided by `ImageData`, the same way
+    every time: a stratified 20 % for testing, and 15 % of the rest to select on.
+
+    Raises `InputError` if there is no such data.
+    """
+    with first_on_each_machine():
+        return _load(name)
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """The first process of each machine goes first, so that the others find what it fetched or indexed."""
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    is_first = is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_first:
+        distributed.barrier()
+    try:
+        yield
+    finally:  # also after an error, which the others then meet themselves
+        if is_first and not is_alone:
+            distributed.barrier()
+
+
+def _load(name: str) -> ImageData:
+    if name == "digits":
+        return load_digits()
+    if name in TORCHVISION_SETS:
+        return load_torchvision(name)
+    if name.startswith("hf:"):
+        return load_hub(name)
+    path = Path(name)
+    if not path.exists():
+        raise InputError(f"no data {name!r}: give {_choices()}{_suggestion(name)}")
+    if _has_split_folders(path):
+        return load_folder(path)
+    if parquet := _files_by_split(path, ".parquet"):
+        return load_parquet(path, parquet)
+    if shards := _files_by_split(path, ".tar"):
+        return load_shards(path, shards)
+    if path.is_file():
+        raise InputError(f"{name}: of files, only .parquet and .tar can be data; or give {_choices()}")
+    return load_folder(path)
+
+
+def _has_split_folders(root: Path) -> bool:
+    """Whether images are in `train/CLASS` or the like. ImageNet's folders often have the tar files they came in."""
+    return any(path.is_dir() for word in _SPLIT_OF for path in root.glob(f"{word}/[!.]*"))
+
+
+def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
+    """The files with that suffix in a folder, per split; as "all" if none names its split; {} if there are none.
+
+    The split is a word of the file's name ("imagenet1k-train-0000"), or of the name of the folder it is in: `data`, or
+    one called after a split. No other folders are looked into: there may be a million images in them.
+
+    Raises `InputError` for a name with two splits, and for files without a split beside files with one.
+    """
+    if root.is_file():
+        return {"all": [root]} if root.suffix == suffix else {}
+    folders = [root, root / "data"]
+    folders += [folder / word for folder in folders for word in _SPLIT_OF]
+    files = [path for folder in folders for path in sorted(folder.glob(f"[!.]*{suffix}")) if path.is_file()]
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        found.setdefault(_split_of(path, root), []).append(path)
+    if "all" in found and len(found) > 1:
+        raise InputError(
+            f"{root}: {found['all'][0].name} does not say which split it is of, as other files do; put a word into its "
+            f"name ({', '.join(SPLIT_NAMES)}), or move it away"
+        )
+    return {split: found[split] for split in (*SPLIT_NAMES, "all") if split in found}
+
+
+def _split_of(path: Path, root: Path) -> str:
+    for part in reversed(path.relative_to(root).parts):
+        found = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in _SPLIT_OF}
+        if len(found) > 1:
+            raise InputError(f"{path}: its name says both {' and '.join(sorted(found))}; leave one")
+        if found:
+            return found.pop()
+    return "all"
+
+
+def _choices() -> str:
+    return (
+        f"digits, {', '.join(TORCHVISION_SETS)}, hf:owner/name of a data set on the Hugging Face Hub, or the path of a "
+        "folder with a sub-folder of images per class, with .parquet files, or with WebDataset .tar files"
+    )
+
+
+def _suggestion(name: str) -> str:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return f"; did you mean 'hf:{name}'?"
+    return did_you_mean(name.lower(), ["digits", *TORCHVISION_SETS])

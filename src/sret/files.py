@@ -1,0 +1,48 @@
+"""Files that are whole or absent, their digests, the user's cache, and sizes as text."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synchronised and renamed, on an error removed.
+
+    At every moment `path` is the old file or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed process's leftover is overwritten
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` through a temporary file, so that an interrupted write leaves the old file whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal text; empty if there is no such file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made or downloaded again: `$XDG_CACHE_HOME/sret`, or `~/.cache/sret`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sret"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`"1.5 GiB"`, or `"12.0 MiB"` for less than one GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""How a product, an attention or a chain of passes is computed on a device; the formulas are in `sret.layers`."""

@@ -1,0 +1,178 @@
+"""Token permutations: later passes of a recursion slice the tokens in another order, so that slices exchange news.
+
+Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, permutation and its inverse
+around sliced self-attention. One permutation serves the whole batch.
+
+Deviation: the authors draw from the global generator in evaluation too, so that their logits change from call to call.
+Here training draws permutation number k from a generator seeded by (seed, k), which makes a run reproducible and its
+state two integers; evaluation uses one fixed permutation per sequence length, the same on every machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sret.errors import InputError
+
+
+class Permutation(Protocol):
+    """A reordering of tokens and its inverse: `undo(apply(x))` is `x`."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C), reordered."""
+        ...
+
+    def undo(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C), in the original order again."""
+        ...
+
+
+def invert(index: Tensor) -> Tensor:
+    """(N,) int64 -> (N,) int64: the permutation that undoes `index`."""
+    return torch.empty_like(index).scatter_(0, index, torch.arange(index.numel(), device=index.device))
+
+
+@dataclass(frozen=True)
+class IndexPermutation:
+    """Any order of the tokens, by gathering: position i receives token `index[i]`; `index` is (N,) int64.
+
+    `inverse`, also (N,) int64, undoes it; it is computed where it is not given.
+    """
+
+    index: Tensor
+    inverse: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x.index_select(1, invert(self.index) if self.inverse is None else self.inverse)
+
+
+@dataclass(frozen=True)
+class StridedPermutation:
+    """Slice g receives tokens g, g + G, g + 2G, ...
+
+    Where G divides N, `AttentionResidual` needs neither method: it takes a view. Where it does not, the first N mod G
+    slices hold one token more, as `SlicedAttention` cuts them.
+    """
+
+    num_groups: int
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._indices(x).apply(x)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return self._indices(x).undo(x)
+
+    def _indices(self, x: Tensor) -> IndexPermutation:
+        N, G = x.shape[1], self.num_groups
+        return IndexPermutation(torch.cat([torch.arange(g, N, G, device=x.device) for g in range(G)]))
+
+
+def fixed_permutation(num_tokens: int, device: torch.device | str | None = None) -> Tensor:
+    """(N,) int64: the permutation that evaluation uses for this many tokens.
+
+    Positions are ordered by a 32-bit mixing hash of their number. The hash is one-to-one, so no two keys tie, and it
+    is plain integer arithmetic, so the order is the same on every device, machine and version, traced or not.
+    """
+    key = torch.arange(1, num_tokens + 1, device=device)
+    for _ in range(2):
+        key = ((key ^ (key >> 16)) * 0x45D9F3B) & 0xFFFFFFFF  # an odd multiplier: one-to-one modulo 2^32
+    return (key ^ (key >> 16)).argsort()
+
+
+class Permuter:
+    """Hands every pass its permutation: fresh ones in training, a fixed one in evaluation.
+
+    `seed` and `count` (permutations drawn so far) are its whole state; `state_dict` and `load_state_dict` carry it in
+    a checkpoint. Equal states give equal permutations on one type of device, so that all processes of a distributed run
+    permute alike (a CPU and a GPU draw differently).
+    """
+
+    def __init__(self, kind: str = "random", seed: int = 0) -> None:
+        self.kind = kind
+        self.seed = seed
+        self.count = 0
+
+    def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
+        """The permutation of the next pass, on `device`. Raises `InputError` if a replay has none that fits."""
+        if _replayed is not None:
+            return IndexPermutation(_next_replayed(_replayed, num_tokens, device))
+        if self.kind == "strided":
+            return StridedPermutation(num_groups)
+        if is_training:
+            return IndexPermutation(self._draw(num_tokens, device))
+        return IndexPermutation(fixed_permutation(num_tokens, device))
+
+    @torch.compiler.disable  # a seeded generator cannot be traced; its result can be used by traced code
+    def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
+        # Large odd factors spread neighbouring seeds and counts over all non-negative int64.
+        seed = (self.seed * 0x9E3779B97F4A7C15 + self.count * 0xD1B54A32D192ED03) & (2**63 - 1)
+        self.count += 1
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randperm(num_tokens, generator=generator, device=device)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.count = state["seed"], state["count"]
+
+
+class RememberingPermuter(Permuter):
+    """What evaluation is handed, computed once for each number of tokens and slices; for a model that only answers."""
+
+    REMEMBERED = 64
+
+    def __init__(self, kind: str = "random") -> None:
+        super().__init__(kind)
+        self._known: dict[tuple[int, int, torch.device], Permutation] = {}
+
+    def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
+        """As `Permuter` in evaluation, whatever the mode."""
+        if _replayed is not None:
+            return super().__call__(num_tokens, num_groups, device, is_training=False)
+        key = num_tokens, num_groups, device
+        permutation = self._known.get(key)
+        if permutation is None:
+            if len(self._known) == self.REMEMBERED:
+                self._known.clear()
+            with torch.inference_mode(False):  # it may be used where gradients are wanted
+                permutation = super().__call__(num_tokens, num_groups, device, is_training=False)
+                if isinstance(permutation, IndexPermutation):
+                    permutation = IndexPermutation(permutation.index, invert(permutation.index))
+            self._known[key] = permutation
+        return permutation
+
+
+_replayed: list[Tensor] | None = None
+
+
+@contextmanager
+def replay(permutations: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context every model takes its permutations from this list, (N,) int64 each, in the order of use.
+
+    Raises `InputError` when the list runs out, when one has the wrong length, or when some are left at the end.
+    """
+    global _replayed
+    outer, _replayed = _replayed, list(permutations)
+    try:
+        yield
+        if _replayed:
+            raise InputError(f"{len(_replayed)} of {len(permutations)} replayed permutations were not used")
+    finally:
+        _replayed = outer
+
+
+def _next_replayed(queue: list[Tensor], num_tokens: int, device: torch.device) -> Tensor:
+    if not queue:
+        raise InputError(f"the replayed permutations ran out at a pass over {num_tokens} tokens; give one per pass")
+    index = queue.pop(0)
+    if index.numel() != num_tokens:
+        raise InputError(f"the next replayed permutation is of {index.numel()} tokens, the pass has {num_tokens}")
+    return index.to(device)

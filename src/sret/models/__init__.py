@@ -1,0 +1,1 @@
+"""The models: configuration, architecture, named variants, cost."""

@@ -1,0 +1,141 @@
+"""What a model costs, from the formula: parameters, multiply-adds and bytes, per stage and pass.
+
+A multiply-add is 2 FLOPs. Counted are convolutions, linear layers and both attention products; norms, activations,
+softmax, biases and additions are not, which is how the published figures are counted.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sret.kernels.slices import slice_lengths
+from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and multiply-adds."""
+
+    num_groups: int
+    slice_length: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: tokens, parameters of its parts, multiply-adds (pool included) and the cost of each pass."""
+
+    grid: tuple[int, int]
+    pool_parameters: int
+    block_parameters: int
+    projection_parameters: int
+    macs: int
+    passes: tuple[PassCost, ...]
+
+    @property
+    def parameters(self) -> int:
+        return self.pool_parameters + self.block_parameters + self.projection_parameters
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """A whole model for one image."""
+
+    stages: tuple[StageCost, ...]
+    stem_parameters: int
+    position_parameters: int
+    head_parameters: int  # and those of the norm before it
+    macs: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parameters_by_part().values())
+
+    def parameters_by_part(self) -> dict[str, int]:
+        return {
+            "stem": self.stem_parameters,
+            "position embedding": self.position_parameters,
+            "blocks": sum(stage.block_parameters for stage in self.stages),
+            "projections": sum(stage.projection_parameters for stage in self.stages),
+            "pools": sum(stage.pool_parameters for stage in self.stages),
+            "head": self.head_parameters,
+        }
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    @property
+    def bytes(self) -> int:
+        """Weights in float32."""
+        return 4 * self.parameters
+
+
+def model_cost(config: ModelConfig, img_size: tuple[int, int] | None = None) -> ModelCost:
+    """The cost of one image at `img_size` pixels (the configured size by default).
+
+    Raises `InputError` if the slices cannot be formed at that size.
+    """
+    size = img_size or config.input_size
+    config.check(size)
+    grids = config.grids(size)
+    stem_parameters, stem_macs = _stem(config, size)
+    coefficients = 0 if not config.learnable_residual else 1 if config.reversible else 2  # of each residual
+    dims = [None, *(stage.embed_dim for stage in config.stages)]
+    stages = tuple(
+        _stage(stage, grid, in_dim, coefficients)
+        for stage, grid, in_dim in zip(config.stages, grids, dims[:-1], strict=True)
+    )
+    dim = config.stages[-1].embed_dim
+    return ModelCost(
+        stages=stages,
+        stem_parameters=stem_parameters,
+        position_parameters=config.stages[0].embed_dim * _area(config.grids()[0]),
+        head_parameters=2 * dim + (dim + 1) * config.num_classes,
+        macs=stem_macs + sum(stage.macs for stage in stages) + dim * config.num_classes,
+    )
+
+
+def _area(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1]
+
+
+def _stem(config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Parameters and multiply-adds of the three convolutions, BatchNorm's parameters included."""
+    dim = config.stages[0].embed_dim
+    channels = [config.in_chans, dim // 2, dim, dim]
+    parameters, macs, grid = 0, 0, size
+    for c_in, c_out, stride in zip(channels, channels[1:], STEM_STRIDES[config.stem_stride], strict=False):
+        grid = (-(-grid[0] // stride), -(-grid[1] // stride))
+        parameters += 9 * c_in * c_out + 3 * c_out
+        macs += 9 * c_in * c_out * _area(grid)
+    return parameters, macs
+
+
+def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, coefficients: int) -> StageCost:
+    C, N = stage.embed_dim, _area(grid)
+    hidden = int(C * stage.mlp_ratio)
+    projection_hidden = 0 if stage.projection_ratio is None else int(C * stage.projection_ratio)
+
+    def mlp(hidden: int) -> int:  # with its norm and residual
+        return 2 * C * hidden + hidden + C + 2 * C + coefficients
+
+    attention = 4 * C * C + 4 * C + 2 * C + coefficients
+    projection = mlp(projection_hidden) if projection_hidden else 0
+
+    @lru_cache  # most of a thousand passes are alike
+    def one_pass(num_groups: int) -> PassCost:
+        lengths = slice_lengths(N, num_groups)
+        linear = N * C * (4 * C + 2 * hidden + 2 * projection_hidden)
+        attended = 2 * C * sum(slices * length**2 for slices, length in lengths)
+        return PassCost(num_groups, lengths[0][1], stage.num_blocks * (linear + attended))
+
+    passes = tuple(one_pass(num_groups) for num_groups in stage.groups)
+    pool_parameters, pool_macs = (10 * C, 9 * C * N) if in_dim else (0, 0)
+    return StageCost(
+        grid=grid,
+        pool_parameters=pool_parameters,
+        block_parameters=stage.num_blocks * (attention + mlp(hidden)),
+        projection_parameters=stage.num_blocks * stage.num_passes * projection,
+        macs=sum(cost.macs for cost in passes) + pool_macs,
+        passes=passes,
+    )

@@ -1,0 +1,1 @@
+"""Distillation from a teacher, online or from stored soft labels."""

@@ -1,0 +1,150 @@
+"""The first half of fast distillation: a teacher's pass over crops of every image, kept shard by shard.
+
+A shard is written whole or not at all and knows its checksum, so that an interrupted pass goes on where it stopped.
+`sret.training.distillation.soft_labels` says what a shard holds, and replays it. Letters: C channels, R crops of an image.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
+
+from sret.data.dataset import Samples, Unreadable
+from sret.data.preprocess import Preprocessing
+from sret.data.sampler import seeded
+from sret.data.sources import load_data
+from sret.errors import InputError, describe_changes, first_few
+from sret.files import write_atomically
+from sret.training.distillation.config import Distillation
+from sret.training.distillation.soft_labels import (
+    MANIFEST,
+    Manifest,
+    checksum,
+    cut,
+    is_whole,
+    read_manifest,
+    shard_path,
+)
+from sret.training.distillation.teacher import answer, load_teacher
+from sret.training.distributed import raise_together
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops, as torchvision and timm have it
+
+
+class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor, str]]):
+    """ImageSource i as R crops for a teacher: (R, C, H, W), crops (R, 4), flips (R), what could not be read."""
+
+    def __init__(self, samples: Samples, preprocessing: Preprocessing, manifest: Manifest) -> None:
+        self.samples, self.preprocessing, self.manifest = samples, preprocessing, manifest
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, str]:
+        crops = torch.zeros(self.manifest.crops, 4, dtype=torch.int32)
+        flips = torch.zeros(self.manifest.crops, dtype=torch.uint8)
+        images = torch.zeros(self.manifest.crops, len(self.preprocessing.mean), *self.preprocessing.img_size)
+        try:
+            image = self.preprocessing.load(self.samples.images[index])
+        except InputError as error:
+            return images, crops, flips, str(error)
+        for r in range(self.manifest.crops):
+            with seeded((self.manifest.seed, index, r)):
+                crop = RandomResizedCrop.get_params(image, [self.manifest.min_scale, 1.0], list(ASPECT_RATIOS))
+                is_mirrored = bool(torch.rand(()) < 0.5)
+            images[r] = cut(image, crop, is_mirrored, self.preprocessing)
+            crops[r], flips[r] = torch.tensor(crop), is_mirrored
+        return images, crops, flips, ""
+
+
+@torch.no_grad()
+def write_soft_labels(
+    out: Path,
+    data_name: str,
+    distillation: Distillation,
+    crops: int = 4,
+    top_k: int = 10,
+    min_scale: float = 0.08,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    max_corrupt: int = 0,
+) -> Iterator[tuple[int, int]]:
+    """Writes the soft labels of a data set's training split to `out`; yields (shards done, shards) as it goes.
+
+    Shards that are there already, whole and of the same manifest, are kept. Several processes share the shards: each
+    counts its own, and all return when the last one is done.
+
+    `top_k` is at most the number of classes.
+
+    Raises `InputError` if `out` was begun with other settings, and for whatever data and teacher cannot be.
+    """
+    accelerator = Accelerator()
+    data = load_data(data_name)
+    samples = data.split("train")
+    data.refuse_inside(out)
+    for name, value in (("crops", crops), ("top_k", top_k)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    top_k = min(top_k, len(data.class_names))
+    if not 0 < min_scale <= 1:
+        raise InputError(f"min_scale is {min_scale}; it must be above 0 and at most 1")
+    model, preprocessing = load_teacher(distillation.teacher, distillation.teacher_weights, data.class_names)
+    manifest = Manifest(
+        data=data.name,
+        fingerprint=data.fingerprint(),
+        num_samples=len(samples),
+        distillation=json.loads(json.dumps(asdict(distillation), default=str)),
+        teacher_digest=checksum(model.state_dict()),
+        crops=crops,
+        top_k=top_k,
+        min_scale=min_scale,
+        seed=seed,
+    )
+    raise_together(_claim(out, manifest) if accelerator.is_main_process else None)
+    model = model.eval().to(accelerator.device)
+    dataset, unreadable = CropDataset(samples, preprocessing, manifest), Unreadable(max_corrupt)
+    mine = range(accelerator.process_index, manifest.num_shards, accelerator.num_processes)
+    for done, shard in enumerate(mine):
+        path = shard_path(out, shard)
+        if not is_whole(path):
+            first = shard * manifest.shard_size
+            indices = range(first, min(first + manifest.shard_size, len(samples)))
+            parts: dict[str, list[Tensor]] = {"crops": [], "flips": [], "classes": [], "probabilities": []}
+            loader = DataLoader(dataset, max(1, batch_size // crops), sampler=indices, num_workers=num_workers)
+            for images, boxes, flips, errors in loader:
+                unreadable.note(errors)
+                images = images.flatten(0, 1).to(accelerator.device)
+                top = answer(model, images, distillation.temperature).topk(top_k)
+                for name, tensor in {"classes": top.indices.int(), "probabilities": top.values.half()}.items():
+                    parts[name].append(tensor.cpu().unflatten(0, (-1, crops)))
+                parts["crops"].append(boxes)
+                parts["flips"].append(flips)
+            tensors = {name: torch.cat(part).contiguous() for name, part in parts.items()}
+            write_atomically(path, save(tensors, metadata={"sha256": checksum(tensors)}))
+        yield done + 1, len(mine)
+    accelerator.wait_for_everyone()
+
+
+def _claim(out: Path, manifest: Manifest) -> str | None:
+    """Makes the folder that of this manifest; returns why it cannot be."""
+    path, values = out / MANIFEST, json.loads(json.dumps(asdict(manifest)))
+    try:
+        if path.exists():
+            found = describe_changes(asdict(read_manifest(out)), values)
+            return f"{out} was begun with other settings: {first_few(found)}; name another --out" if found else None
+        if out.exists() and (not out.is_dir() or any(file.name[0] != "." for file in out.iterdir())):
+            return f"{out} holds something else already; name another --out"
+        write_atomically(path, json.dumps(values, indent=1).encode())
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{out}: cannot be written to ({error.strerror or error})"
+    return None

@@ -1,0 +1,162 @@
+"""Fast distillation: a teacher answers once for R crops of every image, and training replays crops and answers.
+
+Source: Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528,
+written anew: of each answer the k likeliest classes are kept, and what they leave is shared by the other classes alike
+(the paper's marginal smoothing).
+
+A folder holds `manifest.json` and shards of 1,000 images each, `labels-00000.safetensors` and so on, which
+`sret.training.distillation.precompute` writes:
+
+    crops          (n, R, 4) int32    top, left, height, width, in pixels of the image as it is; 0 if unreadable
+    flips          (n, R)    uint8    1 where the crop is mirrored
+    classes        (n, R, k) int32
+    probabilities  (n, R, k) float16
+
+Letters: K classes, R crops of an image, k classes kept.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import hflip, normalize, resized_crop, to_tensor
+
+from sret.data.dataset import ImageData, TrainDataset, blank_image
+from sret.data.preprocess import Preprocessing
+from sret.data.sampler import Draw
+from sret.errors import InputError, describe_changes, first_few
+
+SHARD_SIZE = 1000  # images
+MANIFEST = "manifest.json"
+
+Crop = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of soft labels is about.
+
+    Attributes:
+        data: name of the data; fingerprint: its `ImageData.fingerprint`. The labels are of its training split.
+        distillation: teacher and temperature; teacher_digest: of the teacher's weights.
+        crops: R; top_k: k; min_scale: smallest share of an image that a crop covers.
+    """
+
+    data: str
+    fingerprint: dict[str, Any]
+    num_samples: int
+    distillation: dict[str, Any]
+    teacher_digest: str
+    crops: int
+    top_k: int
+    min_scale: float
+    seed: int
+    shard_size: int = SHARD_SIZE
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.shard_size)
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file that holds shard number `shard`, from 0."""
+    return folder / f"labels-{shard:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `InputError` for a folder without soft labels, or with those of another version."""
+    try:
+        return Manifest(**json.loads((folder / MANIFEST).read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{folder}: no soft labels; `sret soft-labels` writes them") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged, or of another version of sret") from error
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the contents of named tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there and holds what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("sha256") == checksum(load_file(path))
+    except (OSError, SafetensorError):
+        return False
+
+
+def cut(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Preprocessing) -> Tensor:
+    """A crop of a PIL image, resized and normalised: (C, H, W)."""
+    top, left, height, width = crop
+    mode = InterpolationMode(preprocessing.interpolation)
+    image = resized_crop(image, top, left, height, width, list(preprocessing.img_size), mode)
+    tensor = to_tensor(hflip(image) if is_mirrored else image)
+    return normalize(tensor, list(preprocessing.mean), list(preprocessing.std))
+
+
+class ReplayDataset(TrainDataset):
+    """Images cropped as the teacher saw them, with its answers: (tensor, (K,) probabilities, unreadable ones).
+
+    Epoch e takes crop number e mod R of each image.
+
+    Raises `InputError` for labels of other data, and for shards that are missing or damaged.
+    """
+
+    def __init__(self, folder: Path, data: ImageData, preprocessing: Preprocessing, max_corrupt: int = 0) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.samples, self.preprocessing, self.max_corrupt = data.split("train"), preprocessing, max_corrupt
+        self.num_classes = len(data.class_names)
+        self.files: dict[int, Any] = {}  # opened by each process for itself; they stay mapped
+        if found := describe_changes(self.manifest.fingerprint, data.fingerprint()):
+            raise InputError(f"{folder} holds soft labels of other data than {data.name}: {first_few(found)}")
+        paths = [shard_path(folder, shard) for shard in range(self.manifest.num_shards)]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise InputError(
+                f"{folder}: the pass of the teacher is not finished, {len(missing)} of {len(paths)} shards are "
+                f"missing ({first_few(missing)}); the same `sret soft-labels` goes on"
+            )
+        if damaged := [path.name for path in paths if not is_whole(path)]:
+            raise InputError(f"{folder}: damaged: {first_few(damaged)}; the same `sret soft-labels` writes them anew")
+
+    def fetch(self, index: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        image = self.preprocessing.load(self.samples.images[index])
+        crop, is_mirrored, target = self.label(index, draw.epoch % self.manifest.crops)
+        if not crop[2]:
+            raise InputError(f"{self.folder}: image {index} could not be read when the teacher was asked about it")
+        return cut(image, crop, is_mirrored, self.preprocessing), target
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        return blank_image(self.preprocessing), torch.zeros(self.num_classes)
+
+    def label(self, index: int, r: int) -> tuple[Crop, bool, Tensor]:
+        """Crop number r of an image, whether it is mirrored, and the teacher's answer as (K,) probabilities."""
+        shard, row = divmod(index, self.manifest.shard_size)
+        if shard not in self.files:
+            self.files[shard] = safe_open(shard_path(self.folder, shard), "pt").__enter__()
+        crops, flips, classes, probabilities = (
+            self.files[shard].get_slice(name)[row : row + 1][0, r]
+            for name in ("crops", "flips", "classes", "probabilities")
+        )
+        kept = probabilities.float()
+        others = self.num_classes - len(kept)
+        rest = (1 - kept.sum()).clamp(min=0) / others if others else torch.zeros(())
+        target = rest.expand(self.num_classes).scatter(0, classes.long(), kept)
+        top, left, height, width = crops.tolist()
+        return (top, left, height, width), bool(flips), target / target.sum()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": {}}

@@ -1,0 +1,131 @@
+"""Soft labels from a teacher, as the SReT authors distil: no hard labels beside them.
+
+    L = mean over images of  -sum_k softmax(teacher / T)_k log softmax(student / T)_k
+
+Source: the authors' release, where the published distilled models come from; there is no factor T^2.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, one_hot
+
+from sret.checkpoints.card import load_weights
+from sret.data.preprocess import Preprocessing
+from sret.errors import InputError, did_you_mean
+
+
+def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """(B,) class indices -> (B, K) probabilities; (B, K) probabilities stay as they are."""
+    if labels.is_floating_point():
+        return labels
+    return one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+
+def answer(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
+    """(B, C, H, W) as the model takes them -> (B, K) probabilities, softened by a temperature."""
+    return (model(images).float() / temperature).softmax(dim=1)
+
+
+class Teacher(nn.Module):
+    """A frozen model in evaluation mode that looks at the student's images with its own eyes.
+
+    Args:
+        model: any classifier; preprocessing: the resolution and normalisation that it was trained with.
+        student: how the images that it will be shown were prepared.
+        temperature: T.
+
+    Raises `InputError` for a grey teacher of colour images.
+    """
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, student: Preprocessing, temperature: float
+    ) -> None:
+        super().__init__()
+        if len(preprocessing.mean) == 1 < len(student.mean):
+            raise InputError("the teacher knows grey images only, and these are in colour")
+        self.model = model.requires_grad_(False).eval()
+        self.preprocessing, self.student, self.temperature = preprocessing, student, temperature
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) as the student takes them -> (B, K) probabilities."""
+        return answer(self.model, self.see(images), self.temperature)
+
+    def see(self, images: Tensor) -> Tensor:
+        """The student's images with the teacher's channels, size and normalisation."""
+        theirs, own = (_affine(p, images) for p in (self.student, self.preprocessing))
+        x = images * theirs[1] + theirs[0]
+        if len(self.preprocessing.mean) == 3:
+            x = x.expand(-1, 3, -1, -1)
+        if tuple(x.shape[-2:]) != tuple(self.preprocessing.img_size):
+            x = interpolate(x, self.preprocessing.img_size, mode="bicubic", antialias=True)
+        return (x - own[0]) / own[1]
+
+
+def _affine(preprocessing: Preprocessing, like: Tensor) -> list[Tensor]:
+    return [like.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)]
+
+
+def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) -> tuple[nn.Module, Preprocessing]:
+    """A teacher and how it wants its images.
+
+    Args:
+        name: a weights file of `sret`; or a name for `timm.create_model`, with its pretrained weights.
+        weights: a file to take instead of timm's pretrained weights.
+        class_names: the student's.
+
+    Raises `InputError` for a teacher that cannot be had, or that knows other classes.
+    """
+    model: nn.Module
+    if Path(name).is_file():
+        if weights is not None:
+            raise InputError(f"{name} is a weights file itself; leave teacher_weights out")
+        model, card = load_weights(name)
+        if card.class_names and tuple(card.class_names) != tuple(class_names):
+            raise InputError(f"the teacher {name} knows other classes than the data, or in another order")
+        preprocessing = card.preprocessing
+    else:
+        model, preprocessing = _from_timm(name, weights, len(class_names))
+    if model.num_classes != len(class_names):
+        raise InputError(f"the teacher {name} knows {model.num_classes} classes, the data has {len(class_names)}")
+    return model, preprocessing
+
+
+def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Preprocessing]:
+    known = timm.list_models() + timm.list_pretrained()
+    if ":" not in name and name not in known:
+        raise InputError(f"no teacher {name!r}: give a weights file or a model of timm{did_you_mean(name, known)}")
+    if weights is not None and not weights.is_file():
+        raise InputError(f"{weights}: no such file of weights for the teacher {name}")
+    try:
+        if weights is None:
+            model = timm.create_model(name, pretrained=True)
+        else:
+            model = timm.create_model(name, num_classes=num_classes, checkpoint_path=str(weights))
+    except InputError:
+        raise
+    except Exception as error:  # of the hub, of the network, of a checkpoint: timm passes on whatever they raise
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        cure = (
+            "a file of weights for it can be named with teacher_weights"
+            if weights is None
+            else f"{weights} should hold timm's weights for it, with {num_classes} classes"
+        )
+        raise InputError(f"the teacher {name} cannot be had: {reason}; {cure}") from error
+    wanted = resolve_model_data_config(model)
+    return model, Preprocessing(
+        img_size=tuple(wanted["input_size"][1:]),
+        mean=tuple(wanted["mean"]),
+        std=tuple(wanted["std"]),
+        crop_pct=wanted["crop_pct"],
+        interpolation=wanted["interpolation"],
+    )

@@ -1,0 +1,188 @@
+"""One model on several processes: they start, share gradients and BatchNorm, save whole states, and fail together.
+
+Copies of the model are kept equal by torch's DDP. Sharding is torch's `fully_shard` (FSDP2), applied here: a recursion
+is a unit, whose weights are gathered once for all of its passes, and its gradient is reduced once. (accelerate 1.15
+takes DDP in silence where FSDP is asked for on CPU, so that its sharding could not be tested there.)
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sret.errors import InputError
+from sret.layers import Recursion
+from sret.training.config import Launch, TrainConfig
+
+LONGEST_WAIT = timedelta(hours=2)  # for the first process to fetch, index or save
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class _Mean(torch.autograd.Function):
+    """Of equal shapes in all processes, each gets the mean; so do the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return mean_of_processes(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return mean_of_processes(gradient)
+
+
+def mean_of_processes(x: Tensor) -> Tensor:
+    """The mean of the tensors, equal in shape, that the processes hold."""
+    mean = x / distributed.get_world_size()
+    distributed.all_reduce(mean)
+    return mean
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes, on any device; torch's own is for GPUs alone.
+
+    All processes hold equally many images of a step, so that the mean of their means is the mean of all.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.momentum is not None
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.to(self.weight.dtype)  # statistics in full precision, as BatchNorm takes them
+            mean = _Mean.apply(inputs.mean((0, 2, 3)))
+            centred = inputs - mean.view(-1, 1, 1)
+            variance = _Mean.apply(centred.square().mean((0, 2, 3)))
+            with torch.no_grad():
+                count = distributed.get_world_size() * x.numel() / x.shape[1]
+                self.get_buffer("running_mean").lerp_(mean, self.momentum)
+                self.get_buffer("running_var").lerp_(variance * (count / (count - 1)), self.momentum)
+                self.get_buffer("num_batches_tracked").add_(1)
+            scale = (variance + self.eps).rsqrt() * self.weight
+            return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Makes every BatchNorm of the model take its statistics over all processes; keys and values stay."""
+    for name, child in model.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            synchronize_batch_norm(child)
+        elif child.weight.is_cuda:
+            setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        else:
+            synchronized = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+            synchronized.load_state_dict(child.state_dict())
+            setattr(model, name, synchronized.requires_grad_(child.weight.requires_grad).train(child.training))
+
+
+def shard(model: nn.Module) -> None:
+    """Divides the parameters among all processes, recursion by recursion (FSDP2)."""
+    for module in model.modules():
+        if isinstance(module, Recursion):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over all processes (DDP); the model itself if there is one process.
+
+    (accelerate's `prepare` would also make the model's own forward run in reduced precision, for good.)
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+@contextmanager
+def gradients_shared(net: nn.Module, is_last: bool) -> Iterator[None]:
+    """Within this context backward shares its gradients among the processes only for the last part of a step."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(is_last)
+    with net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext():
+        yield
+
+
+def non_finite(model: nn.Module) -> list[str]:
+    """Names of the weights that hold a number that is not finite, in this process's part of them."""
+    tensors = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+    is_finite = {name: x.isfinite().all() for name, x in tensors.items() if x.is_floating_point()}
+    if not is_finite or torch.stack(list(is_finite.values())).all():  # one wait for the device, as a rule
+        return []
+    return [name for name, value in is_finite.items() if not value]
+
+
+def raise_together(error: str | None) -> None:
+    """Every process calls this: if one has an error, all raise it, as `InputError`, and none waits for another."""
+    if errors := gather_object([error] if error else []):
+        raise InputError(errors[0])
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """Whole tensors on the CPU; every process takes part, only the first one gets them."""
+    return state_dict.get_model_state_dict(model, options=WHOLE)
+
+
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Gives every process its part of whole tensors."""
+    state_dict.set_model_state_dict(model, state, options=WHOLE)
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Keyed by the names of parameters, so that any layout can take it up; empty before the first step.
+
+    (torch would make up a state by a step of its own, which Adam's bias correction counts.)
+    """
+    return state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Gives every process its part of a whole state; an empty one is that of a fresh optimizer."""
+    if state:
+        state_dict.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+
+
+def make_accelerator(config: TrainConfig, launch: Launch, out: Path) -> Accelerator:
+    """The processes, devices and precision of a run. Raises `InputError` for an engine that would not be used."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate was asked for {engine}, which this command does not use; launch several plain processes "
+                "(accelerate launch --multi_gpu, or torchrun), and say --shard true to divide the model among them"
+            )
+    AcceleratorState._reset_state()  # of an earlier run in this process, with another precision perhaps
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(launch.trackers) or None,
+            project_dir=out,
+            # Ours; what the environment says would scale the loss a second time.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        )
+    except ValueError as error:  # an unknown tracker, a precision that the device has not
+        raise InputError(str(error)) from error
+    if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise InputError(
+            f"{launched} processes were launched, and accelerate sees {accelerator.num_processes}: each would train "
+            "for itself; without GPUs, set ACCELERATE_USE_CPU=true"
+        )
+    missing = set(launch.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing:
+        raise InputError(f"trackers: {', '.join(sorted(missing))} is not installed; pip install it, or leave it out")
+    if launch.fsdp and accelerator.num_processes == 1:
+        raise InputError("shard divides the model among processes, and there is one; start more, with torchrun")
+    if launch.fsdp and config.mixed_precision == "fp16":
+        raise InputError("shard does not go with fp16; use bf16")
+    return accelerator

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps, with everything saved."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """Within this context SIGINT and SIGTERM are remembered instead of obeyed; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def is_made(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> "StopRequest":
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {kind: signal.signal(kind, self._remember) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def as_numbers(self) -> list[float]:
+        """(interrupted, terminated) as 0 or 1, for processes to add up."""
+        return [float(self.signal == signal.SIGINT), float(self.signal == signal.SIGTERM)]
+
+    @staticmethod
+    def from_numbers(interrupts: float, terminations: float) -> signal.Signals | None:
+        """The signal that all processes obey, if one of them got one."""
+        return signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def obey(number: signal.Signals) -> None:
+    """Raises what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def leave_process_group(_: int) -> None:
+    """For processes that load images: Ctrl-C and `kill -- -GROUP` are for the main process, whose step needs them."""
+    os.setpgid(0, 0)
