@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first if it is missing or outdated.
+# Commands for a fresh machine: `make demo`, `make test` (fast) and `make test-all`. Each set up .venv first if it is missing or outdated.
 PYTHON ?= python3
 RUN ?= runs/digits
 DEMO_ARGS ?=
@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Debian keeps this part of Python in a package of its own; root may install it, others are told how.
 INSTALL_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "$(notdir $(PYTHON))-venv"; }
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/ready
 	$(BIN)/sret train --config recipes/digits.yaml --out "$(RUN)" --resume auto $(DEMO_ARGS)
@@ -19,13 +19,18 @@ demo: .venv/ready
 	@echo
 	@echo "Left in $(RUN):" && ls "$(RUN)"
 
+# The fast suite; test-all also runs what is marked slow. One thread a process, since the processes share the cores.
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: .venv/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=20
 
 lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # `ready` is written last, so that an interrupted installation is started again.
 .venv/ready: pyproject.toml

@@ -80,7 +80,7 @@ def test_all_depths_of_one_width_have_the_same_blocks():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"layers": 4, "max_parameters": 10**7}, "layers is 4; it must be a whole number of at least 5"),
+        ({"layers": 4, "max_parameters": 10**7}, "layers is 4; the stages have 5 blocks"),
         ({"layers": 0, "max_parameters": 10**7}, "layers is 0"),
         ({"layers": 10.5, "max_parameters": 10**7}, "layers is 10.5; it must be a whole number"),
         ({"layers": 1008, "max_parameters": 10**6}, "1008 layers of 32 channels have.*enough for 205 layers"),

@@ -112,7 +112,7 @@ def test_settings_that_another_would_overrule_are_refused(tmp_path):
         TrainConfig(model="sret_t", distillation=teacher, soft_labels=tmp_path, label_smoothing=0.0)
     with pytest.raises(InputError, match="bring their own crops"):
         TrainConfig(model="sret_t", soft_labels=Path("labels"), label_smoothing=0.0)
-    with pytest.raises(InputError, match=r"temperature is 0\.0; it must be positive"):
+    with pytest.raises(InputError, match=r"temperature is 0\.0; it must be a number > 0"):
         Distillation(teacher="resnet18", temperature=0.0)
     with pytest.raises(InputError, match="it must be even"):
         TrainConfig(model="sret_t", mixup=0.8, batch_size=9)

@@ -13,7 +13,6 @@ import timm
 import torch
 from conftest import small_config
 from naive import Naive
-from sret.layers.block import one_pass
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sret import ModelConfig, SReT, StageConfig
@@ -21,7 +20,8 @@ from sret.checkpoints.card import Card, load_weights, save_weights
 from sret.data.preprocess import Preprocessing
 from sret.kernels.attention import attend, formula
 from sret.layers import AttentionResidual, Block, NonLinearProjection, Permuter, StridedPermutation
-from sret.models import fuse
+from sret.layers.block import one_pass
+from sret.models.fuse import fuse
 from sret.models.variants import PUBLISHED
 
 
@@ -96,8 +96,8 @@ def test_a_training_step_is_the_oracles(permutation):
 @pytest.fixture(params=["small products as measured", "all products fused"])
 def _kernels(request, monkeypatch):
     if request.param == "all products fused":
-        monkeypatch.setattr("sret.layers.linear.FUSED_MACS", 0)
-        monkeypatch.setattr("sret.layers.linear.FUSED_ROWS", 0)
+        monkeypatch.setattr("sret.kernels.linear.FUSED_MACS", 0)
+        monkeypatch.setattr("sret.kernels.linear.FUSED_ROWS", 0)
 
 
 @pytest.mark.usefixtures("_kernels")

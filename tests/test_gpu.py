@@ -12,7 +12,7 @@ from test_train import RECIPE
 
 from sret import SReT
 from sret.checkpoints.card import load_state
-from sret.models import fuse
+from sret.models.fuse import fuse
 from sret.training.config import Launch
 from sret.training.loop import train
 from sret.training.run_dir import METRICS, STATE

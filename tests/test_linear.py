@@ -36,8 +36,8 @@ def call(function, x, norm, layer):
 def _any_kernel(request, monkeypatch):
     """Whether what is small is large enough for the fused kernel."""
     if request.param:
-        monkeypatch.setattr("sret.layers.linear.FUSED_MACS", 0)
-        monkeypatch.setattr("sret.layers.linear.FUSED_ROWS", 0)
+        monkeypatch.setattr("sret.kernels.linear.FUSED_MACS", 0)
+        monkeypatch.setattr("sret.kernels.linear.FUSED_ROWS", 0)
 
 
 @pytest.mark.usefixtures("_any_kernel")

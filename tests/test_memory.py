@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.kernels.recompute import Chain, fewest_slots, places, recomputed, split
+from sret.kernels.checkpointing import CheckpointPolicy, fewest_kept, kept_steps, split
+from sret.kernels.recompute import Chain, recomputed
 from sret.layers import (
     Block,
     Coefficients,
     IndexPermutation,
-    Memory,
     NonLinearProjection,
     Recursion,
     ReversibleRecursion,
@@ -56,7 +56,7 @@ IMAGE = torch.randn(4, 3, 48, 40, dtype=torch.double)
 
 
 @pytest.mark.parametrize("permutation", ["random", "strided"])
-@pytest.mark.parametrize("policy", ["pass", "nested", "nested:150KiB", "reversible"])
+@pytest.mark.parametrize("policy", ["pass", "nested", "reversible"])
 def test_gradients_are_those_of_no_policy(policy, permutation):
     """With permutations and stochastic depth replayed, and the generator left where it was."""
     model = deep(permutation=permutation, reversible=policy == "reversible")
@@ -76,7 +76,7 @@ def test_dropout_is_replayed(policy):
     module = Recursion(Block(DIM, 3), (1,) * 6, [nn.Dropout(0.3) for _ in range(6)]).double()
     found = []
     for name in ("none", policy):
-        module.memory = Memory.parse(name)
+        module.policy = CheckpointPolicy.parse(name)
         module.zero_grad()
         torch.manual_seed(3)
         x = X.clone().requires_grad_()
@@ -228,12 +228,12 @@ def test_the_schedule_is_the_best_there_is():
 
 
 def test_slots_are_the_square_root_or_the_logarithm():
-    assert fewest_slots(1008, 2) == 44  # the square root of 2016
-    assert fewest_slots(1008, 10) == 5
-    assert [fewest_slots(n, 2) for n in (1, 2, 3, 6)] == [1, 1, 1, 2]
-    assert places(6, 3)[0] == 0
-    assert len(places(1008, 44)) == 44
-    assert places(5, 9) == [0, 1, 2, 3, 4]  # no more inputs than steps
+    assert fewest_kept(1008, 2) == 44  # the square root of 2016
+    assert fewest_kept(1008, 10) == 5
+    assert [fewest_kept(n, 2) for n in (1, 2, 3, 6)] == [1, 1, 1, 2]
+    assert kept_steps(6, 3)[0] == 0
+    assert len(kept_steps(1008, 44)) == 44
+    assert kept_steps(5, 9) == [0, 1, 2, 3, 4]  # no more inputs than steps
 
 
 @pytest.mark.parametrize(("num_steps", "slots"), [(1, 1), (2, 1), (7, 7), (40, 3), (100, 6), (60, 59)])
@@ -255,7 +255,7 @@ def test_no_more_inputs_live_than_slots(num_steps, slots):
     y.sum().backward()
     gc.collect()
     assert most <= slots + 2  # with the input of the step at work, and the leaf
-    assert calls == 2 * num_steps + steps_of_schedule(num_steps, slots) - places(num_steps, slots)[-1]
+    assert calls == 2 * num_steps + steps_of_schedule(num_steps, slots) - kept_steps(num_steps, slots)[-1]
     expected = x.detach().clone().requires_grad_()
     z = expected
     for i in range(num_steps):
@@ -271,14 +271,13 @@ def test_no_more_inputs_live_than_slots(num_steps, slots):
     ("policy", "message"),
     [
         ("nestd", "memory 'nestd' is not a policy; .*; did you mean 'nested'"),
-        ("", "memory '' is not a policy; there are 'none', 'pass'"),
-        ("pass:3", "'pass' stands alone"),
-        ("nested:12", "needs a whole number and KiB, MiB or GiB, such as 'nested:512MiB'"),
-        ("nested:", "needs a whole number and KiB, MiB or GiB"),
-        ("nested:0MiB", "needs a whole number and KiB, MiB or GiB"),
+        ("", "memory '' is not a policy; use none, pass"),
+        ("pass:3", "'pass' takes no argument"),
+        ("nested:512MiB", "'nested' takes no argument"),
+        ("nested:", "'nested' takes no argument"),
         ("truncated", "needs a number of passes, at least 1, such as 'truncated:4'"),
         ("truncated:0", "needs a number of passes, at least 1"),
-        ("reversible", "needs a model of two streams.*take 'nested'"),
+        ("reversible", "needs a model of two streams.*use 'nested'"),
     ],
 )
 def test_a_policy_that_cannot_be_names_one_that_can(policy, message):
@@ -295,21 +294,9 @@ def test_a_reversible_model_refuses_the_policies_of_one_stream():
         small_config(memory="nested", reversible=True)
 
 
-def test_a_budget_that_is_too_small_names_one_that_is_not():
-    model = deep()
-    message = r"'nested:4KiB' holds 0 inputs of a recursion of 11 passes.*that can be is 'nested:1MiB'"
-    with pytest.raises(InputError, match=message):
-        gradients(model, "nested:4KiB", IMAGE)
-    gradients(model, "nested:1MiB", IMAGE)
-
-
-def test_a_budget_decides_how_much_is_kept():
-    memory = Memory.parse("nested:1MiB")
-    assert memory.slots(1008, 2**10) == 1008
-    assert memory.slots(1008, 2**14) == 64
-    assert memory.slots(1008, 2**14, share=0.5) == 32
-    assert Memory.parse("nested").slots(1008, 2**14) == 44
-    assert Memory.parse("pass").slots(1008, 2**14) == 1008
+def test_pass_keeps_every_input_and_nested_the_square_root():
+    assert CheckpointPolicy.parse("nested").num_kept(1008) == 44
+    assert CheckpointPolicy.parse("pass").num_kept(1008) == 1008
 
 
 @pytest.mark.parametrize("policy", ["nested", "reversible"])

@@ -96,7 +96,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path, shard):
     """Both save, and both end as the signal has it; the run goes on in one process."""
     out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE.to_dict(), "epochs": 50}))
-    command = ["-m", "sret.cli", "train", "--config", recipe, "--out", out, "--shard", shard, "--save_every", "1"]
+    command = ["-m", "sret.cli", "train", "--config", recipe, "--out", out, "--fsdp", shard, "--save_every", "1"]
     result = []
     launching = threading.Thread(target=lambda: result.append(launch(*command)))
     launching.start()

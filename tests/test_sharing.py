@@ -21,9 +21,9 @@ from sret.checkpoints.card import save_weights
 from sret.export import export as exporting
 from sret.export.export import export_model, to_onnx
 from sret.layers.recursion import CompiledPass
-from sret.models import fuse
 from sret.models.config import ModelConfig, StageConfig
 from sret.models.deep import deep_config
+from sret.models.fuse import fuse
 from sret.models.variants import DEEP
 from sret.training.optim import make_ema
 

@@ -57,9 +57,9 @@ def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed,
     from sret.checkpoints.card import load_weights
 
     online = Teacher(load_weights(teacher.teacher)[0], GREY, GREY, teacher.temperature)
-    for image in (0, 7, 1000, 1221):  # of both shards
+    for index in (0, 7, 1000, 1221):  # of both shards
         for epoch in range(2):
-            image, target, errors = replayed[Draw(image, epoch)]
+            image, target, errors = replayed[Draw(index, epoch)]
             answer = online(image[None])[0]
             kept = answer.topk(4).indices
             torch.testing.assert_close(target[kept], answer[kept], atol=1e-3, rtol=1e-3)

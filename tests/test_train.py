@@ -19,13 +19,13 @@ from sret.data.sources import load_data
 from sret.errors import describe_changes
 from sret.models.variants import config_of
 from sret.training import distributed as parallel
-from sret.training import run_dir as run
 from sret.training.config import OPTIMIZERS, Distillation, Launch, TrainConfig
 from sret.training.distillation.precompute import write_soft_labels
 from sret.training.loop import train
 from sret.training.optim import make_optimizer, make_schedule
 from sret.training.progress import merit
 from sret.training.run_dir import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
+from sret.version import versions
 
 AFFINE = Augmentation(geometry="affine", flip=False)
 NONE = Augmentation(geometry="none", flip=False)
@@ -225,7 +225,7 @@ def test_folders_that_lead_astray_are_refused(tmp_path):
 
 def test_git_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run.versions()["commit"] == ""
+    assert versions()["commit"] == ""
 
 
 def test_data_that_changed_is_not_resumed(tmp_path):
@@ -246,7 +246,7 @@ def test_a_finished_run_is_only_reported(whole):
 def test_what_a_recipe_left_out_is_called_so():
     assert describe_changes({"model": {}, "init": None}, {"model": {"img_size": 32}, "init": "a"}) == [
         "init was None, now 'a'",
-        "model.img_size was left out, now 32",
+        "model.img_size was missing, now 32",
     ]
 
 
@@ -547,7 +547,7 @@ def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch,
 def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="shard divides the model among processes, and there is one"):
         train(RECIPE, tmp_path / "run", launch=Launch(fsdp=True))
-    with pytest.raises(InputError, match="compile and shard exclude each other"):
+    with pytest.raises(InputError, match="compile and fsdp exclude each other"):
         Launch(compile=True, fsdp=True)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="4 processes were launched, and accelerate sees 1"):

@@ -1,5 +1,6 @@
 """Number types with a range. The command line parses by them, and `check_ranges` checks dataclasses by them."""
 
+import re
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse.typing import (
@@ -52,5 +53,5 @@ def check_number(name: str, value: object, number: Any) -> None:
         number(value)
     except ValueError:
         kind = "a whole number" if number._type is int else "a number"
-        bounds = " and ".join(f"{comparison} {bound}" for comparison, bound in number._restrictions)
+        bounds = re.sub(r"v([<>]=?)", r"\1 ", number._expression)  # "v>=0 and v<1"
         raise InputError(f"{name} is {value!r}; it must be {kind} {bounds}") from None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,13 @@ from sret.checkpoints.card import Card
 from sret.data.dataset import UNREADABLE, ImageDataset, Unreadable
 from sret.data.sources import load_data
 from sret.errors import InputError, describe_changes, first_few
-from sret.training.signals import StopRequest
+
+
+class StopSignal(Protocol):
+    """Says whether this process was asked to stop, as `sret.training.signals.StopRequest` does."""
+
+    @property
+    def is_made(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
     accelerator: Accelerator,
     unreadable: Unreadable,
-    stop: StopRequest | None = None,
+    stop: StopSignal | None = None,
 ) -> Metrics | None:
     """Metrics, in the precision of the weights, over prepared batches of an `ImageDataset`; the model keeps its mode.
 
@@ -56,8 +63,8 @@ def evaluate(
         batch = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), loss, loss.new_tensor(len(labels))]
         sums += torch.stack([value.float() for value in batch]).cpu().double()
         if stop is not None:
-            wishes = torch.tensor(stop.as_numbers(), device=accelerator.device)
-            is_stopped = bool(accelerator.reduce(wishes, "sum").any())
+            requests = torch.tensor(float(stop.is_made), device=accelerator.device)
+            is_stopped = bool(accelerator.reduce(requests, "sum"))
         if is_stopped:
             break
     model.train(was_training)
