@@ -61,14 +61,14 @@ def peak(options: argparse.Namespace) -> None:
     """In a process of its own: prints the bytes by which a step makes it grow."""
     torch.manual_seed(0)
     model = SReT(config(int(options.layers), options.policy, options.img_size)).to(options.device).train()
-    images = images(options)
+    images = make_images(options)
     step_of(model, images[:1])()  # what the first step alone loads
     model.zero_grad()
     step = step_of(model, images)
     print(peak_on_cuda(step, images.device) if images.is_cuda else peak_in_process(step, calls=1))
 
 
-def images(options: argparse.Namespace) -> Tensor:
+def make_images(options: argparse.Namespace) -> Tensor:
     return torch.randn(options.batch_size, 3, options.img_size, options.img_size, device=options.device)
 
 
@@ -76,7 +76,7 @@ def steps(options: argparse.Namespace) -> None:
     size = [f"--{name}={getattr(options, name)}" for name in ("img_size", "batch_size", "device")]
     wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
-        images = images(options)
+        images = make_images(options)
         contenders, models = {}, {}
         for policy in POLICIES:
             torch.manual_seed(0)

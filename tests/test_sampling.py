@@ -12,7 +12,7 @@ from sret.data.sampler import Draw, EpochBatches, part_of, seeded
 
 def images(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
     batches.start_at(epoch, first)
-    return [[draw.index for draw in batch] for batch in batches]
+    return [[draw.image for draw in batch] for batch in batches]
 
 
 def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
@@ -48,9 +48,9 @@ def test_repeated_augmentation_shows_each_image_several_times():
     epoch = list(batches)
     assert len(epoch) == batches.steps == 5
     for batch in epoch:
-        assert len({draw.index for draw in batch}) == 2
+        assert len({draw.image for draw in batch}) == 2
         assert sorted(draw.copy for draw in batch) == [0, 0, 1, 1, 2, 2]
-    assert len({draw.index for batch in epoch for draw in batch}) == 10  # a third of the images
+    assert len({draw.image for batch in epoch for draw in batch}) == 10  # a third of the images
 
 
 def test_batches_that_cannot_be_are_refused():

@@ -22,7 +22,8 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
     """
     if augmentation.auto_augment is not None and len(preprocessing.mean) == 1:
         raise InputError(
-            f"augmentation.auto_augment {augmentation.auto_augment!r} needs colour images; these are grey: set it to null"
+            f"augmentation.auto_augment {augmentation.auto_augment!r} needs colour images, and these are grey: "
+            "set it to null"
         )
     transform = create_transform(
         (len(preprocessing.mean), *preprocessing.img_size),

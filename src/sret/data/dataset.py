@@ -218,14 +218,14 @@ class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
         errors: list[str] = []
         while len(errors) <= self.max_corrupt:
             try:
-                image, label = self.fetch((draw.index + len(errors)) % len(self), draw)
+                image, label = self.fetch((draw.image + len(errors)) % len(self), draw)
                 return image, label, "\n".join(errors)
             except InputError as error:
                 errors.append(str(error))
         return *self.blank(), "\n".join(errors)
 
     def fetch(self, index: int, draw: Draw) -> tuple[Tensor, Any]:
-        """ImageSource number `index` with its label, by the dice of a draw. Raises `InputError` if it cannot be read."""
+        """Image number `index`, augmented as a draw says, and its label. Raises `InputError` if it cannot be read."""
         image = self.preprocessing.load(self.samples.images[index])
         with seeded((self.seed, draw.epoch, index, draw.copy)):
             return self.transform(image), self.samples.labels[index]

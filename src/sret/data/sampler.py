@@ -18,7 +18,7 @@ from sret.errors import InputError
 class Draw(NamedTuple):
     """One appearance of an image in training: all that its augmentation may depend on, beside the seed."""
 
-    index: int
+    image: int
     epoch: int
     copy: int = 0  # of several in one epoch, with repeated augmentation
 

@@ -163,7 +163,7 @@ def is_replayable(x: Tensor) -> bool:
 def recomputed(chain: Chain, num_kept: int, x: Tensor) -> Tensor:
     """The chain's answer; its backward has kept `num_kept` inputs of steps, and computes the rest again.
 
-    Random numbers are drawn as they were in forward. It can be differentiated once: neither twice over nor a second time.
+    Random numbers are drawn as they were in forward. It can be differentiated only once.
     """
     return cast(Tensor, _Recomputed.apply(chain, num_kept, x, *chain.trained()))
 

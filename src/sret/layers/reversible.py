@@ -79,7 +79,7 @@ class ReversibleRecursion(Recursion):
 def reversibly(chain: Chain, x: Tensor) -> Tensor:
     """The two-stream answer of a chain of changes; backward computes every input from what came out.
 
-    Random numbers are drawn as they were in forward. It can be differentiated once: neither twice over nor a second time.
+    Random numbers are drawn as they were in forward. It can be differentiated only once.
     """
     return cast(Tensor, _Reversible.apply(chain, x, *chain.trained()))
 

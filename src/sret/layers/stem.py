@@ -14,8 +14,9 @@ from sret.kernels.conditions import is_listened_to, is_transformed
 
 
 class ConvStem(nn.Module):
-    """(B, in_chans, H, W) -> (B, C, ceil(H / s), ceil(W / s)), s the product of the strides: three 3x3 convolutions to C/2, C, C channels,
-    each followed by BatchNorm and ReLU."""
+    """(B, in_chans, H, W) -> (B, C, ceil(H / s), ceil(W / s)), s the product of the strides.
+
+    Three 3x3 convolutions to C/2, C and C channels, each followed by BatchNorm and ReLU."""
 
     def __init__(self, in_chans: int, embed_dim: int, strides: tuple[int, int, int] = (2, 2, 2)) -> None:
         super().__init__()

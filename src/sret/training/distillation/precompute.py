@@ -1,7 +1,8 @@
 """The first half of fast distillation: a teacher's pass over crops of every image, kept shard by shard.
 
 A shard is written whole or not at all and knows its checksum, so that an interrupted pass goes on where it stopped.
-`sret.training.distillation.soft_labels` says what a shard holds, and replays it. Letters: C channels, R crops of an image.
+`sret.training.distillation.soft_labels` says what a shard holds, and replays it.
+Letters: C channels, R crops of an image.
 """
 
 import json
@@ -39,7 +40,7 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops, as torchvision and timm have it
 
 
 class CropDataset(Dataset[tuple[Tensor, Tensor, Tensor, str]]):
-    """ImageSource i as R crops for a teacher: (R, C, H, W), crops (R, 4), flips (R), what could not be read."""
+    """Image i as R crops for a teacher: (R, C, H, W), crops (R, 4), flips (R), what could not be read."""
 
     def __init__(self, samples: Samples, preprocessing: Preprocessing, manifest: Manifest) -> None:
         self.samples, self.preprocessing, self.manifest = samples, preprocessing, manifest
