@@ -148,7 +148,7 @@ def test_a_file_of_ours_says_how_deep_its_model_was(tmp_path):
     assert config == source.config
     transfer(SReT(deep(9)), state_dict, config)
     save_weights(tmp_path / "fused.safetensors", source.state_dict(), replace(card, is_fused=True))
-    with pytest.raises(InputError, match="is of a fused model, which is for answering"):
+    with pytest.raises(InputError, match="is of a fused model, for inference only"):
         read_source(tmp_path / "fused.safetensors", deep(9))
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from sret.checkpoints.card import METADATA_KEY, read_card
-from sret.checkpoints.files import StateDict, read_safetensors
+from sret.checkpoints.files import EXPORTED_SUFFIXES, StateDict, read_safetensors
 from sret.checkpoints.official import check_fit, fitted, from_official, has_shapes_of, load_pretrained, read_official
+from sret.checkpoints.resolve import find_file
 from sret.errors import InputError, error_prefix
-from sret.export.runtime import ENGINES
 from sret.models.config import ModelConfig, StageConfig
 from sret.models.sret import SReT
-from sret.models.variants import PUBLISHED
+from sret.models.variants import PUBLISHED, config_of
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 _COEFFICIENTS = ("alpha", "beta")
@@ -35,25 +35,27 @@ _FC1, _FC2, _FC2_BIAS = "branch.fc1.weight", "branch.fc2.weight", "branch.fc2.bi
 _HIDDEN_AXIS = {_FC1: 0, "branch.fc1.bias": 0, _FC2: 1}
 
 
-def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
-    """Our state dict of a file of ours or of the authors', and the configuration of its model.
+def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
+    """Our state dict of a file of ours or of the authors', or of a published name, and its model's configuration.
 
     `config`, of the model that shall have them, stands in for what the file does not say: a file of ours without its
     metadata, or one that was trained with the authors' code and fits no published model.
     Raises `InputError` if the file cannot be read safely, or is of no model.
     """
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder; name a file of weights in it, such as {Path(path) / 'best.safetensors'}")
-    if Path(path).suffix in ENGINES:
-        raise InputError(f"{path} is an exported model, which is for answering; take the weights it was made of")
-    if Path(path).suffix == ".safetensors":
+    if Path(source).is_dir():
+        best = Path(source) / "best.safetensors"
+        raise InputError(f"{source} is a folder; name a file of weights in it, such as {best}")
+    if Path(source).suffix in EXPORTED_SUFFIXES:
+        raise InputError(f"{source} is an exported model, for inference only; take the weights it was made of")
+    path, variant = find_file(source)
+    if path.suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
             with error_prefix(path):
                 return state_dict, fitted(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
         if card.is_fused:
-            raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
+            raise InputError(f"{path} is of a fused model, for inference only; take the weights it was made of")
         return state_dict, card.config
     official, _ = read_official(path)
     if "stem.conv1.weight" in official:
@@ -62,16 +64,19 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
             "safetensors.torch.save_file makes of them"
         )
     with error_prefix(path):
-        published = next((variant for variant in PUBLISHED.values() if has_shapes_of(variant, official)), None)
-        source = fitted(published or replace(config, residual_scale="one"), official)
-        return from_official(official, source), source
+        if variant is not None:
+            published: ModelConfig | None = config_of(variant)
+        else:
+            published = next((known for known in PUBLISHED.values() if has_shapes_of(known, official)), None)
+        found = fitted(published or replace(config, residual_scale="one"), official)
+        return from_official(official, found), found
 
 
-def transfer_file(model: SReT, path: str | os.PathLike[str]) -> list[str]:
-    """The weights of a file into a model: `read_source`, then `transfer`. Its errors name the file."""
-    state_dict, source = read_source(path, model.config)
-    with error_prefix(path):
-        return transfer(model, state_dict, source)
+def transfer_file(model: SReT, source: str | os.PathLike[str]) -> list[str]:
+    """The weights of a file or published name into a model: `read_source`, then `transfer`. Its errors name it."""
+    state_dict, config = read_source(source, model.config)
+    with error_prefix(source):
+        return transfer(model, state_dict, config)
 
 
 @torch.no_grad()
