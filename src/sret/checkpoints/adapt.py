@@ -1,4 +1,4 @@
-"""Weights of one model into another of more or fewer passes.
+"""Moves the weights of one model into another of more or fewer passes.
 
 A block applied R times is taken for a path that R steps divide. In R' passes the same path is walked in other steps:
 
@@ -6,8 +6,8 @@ A block applied R times is taken for a path that R steps divide. In R' passes th
 - Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
 - Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
   the power of R / R' (a negative one keeps its sign).
-- A projection with more hidden channels than that one has gets new ones whose answers begin at zero; one with fewer
-  keeps those of the largest weights. Where the source has none, projections are new, and add nothing at first.
+- Where the source has no projections, or projections with another number of hidden channels, they are new, and add
+  nothing at first: their second layer is zero.
 """
 
 import math
@@ -31,8 +31,7 @@ from sret.models.variants import PUBLISHED, config_of
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 _COEFFICIENTS = ("alpha", "beta")
-_FC1, _FC2, _FC2_BIAS = "branch.fc1.weight", "branch.fc2.weight", "branch.fc2.bias"
-_HIDDEN_AXIS = {_FC1: 0, "branch.fc1.bias": 0, _FC2: 1}
+_SECOND_LAYER = ("branch.fc2.weight", "branch.fc2.bias")
 
 
 def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
@@ -102,8 +101,8 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         i, name, taken = int(match[1]), match[3], key
         before, after = source.stages[i], target.stages[i]
         if match[2] is not None:
-            if before.projection_ratio is None:
-                adapted[key] = torch.zeros_like(fresh) if name in (_FC2, _FC2_BIAS) else fresh
+            if _hidden_dim(before) != _hidden_dim(after):
+                adapted[key] = torch.zeros_like(fresh) if name in _SECOND_LAYER else fresh
                 continue
             number = (2 * int(match[2]) + 1) * before.num_passes // (2 * after.num_passes)
             taken = key.replace(f".projections.{match[2]}.", f".projections.{number}.")
@@ -111,9 +110,6 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
             factors = source.residual_factor(before), target.residual_factor(after)
             value = state_dict.get(taken, torch.ones(1))
             adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
-        elif match[2] is not None and name in _HIDDEN_AXIS:
-            fc1, fc2 = (state_dict[taken.removesuffix(name) + weight] for weight in (_FC1, _FC2))
-            adapted[key] = _resized(name, state_dict[taken], fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
         else:
             adapted[key] = state_dict[taken]
     load_pretrained(model, adapted)
@@ -152,16 +148,6 @@ def _is_learned(key: str, value: Tensor) -> bool:
     return key.rpartition(".")[2] in _COEFFICIENTS and bool((value != 1).any())
 
 
-def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
-    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
-    axis, now = _HIDDEN_AXIS[name], len(importance)
-    wanted = fresh.shape[axis]
-    if wanted <= now:
-        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
-    added = fresh.narrow(axis, now, wanted - now).to(value)
-    return torch.cat([value, torch.zeros_like(added) if name == _FC2 else added], axis)
-
-
 def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
     """A coefficient for steps of `share` times the length."""
     value = value.double()  # so that an equal step leaves it as it is, after rounding
@@ -187,14 +173,13 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
         if after.projection_ratio is None:
             dropped = before.num_blocks * before.num_passes if before.projection_ratio else 0
             passes += f"; {dropped} projections left out" if dropped else "; no projections"
-        elif before.projection_ratio is None:
-            passes += f"; {after.num_blocks * after.num_passes} projections afresh, adding nothing at first"
+        elif (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
+            widths = f" ({then} hidden channels now {now})" if then else ""
+            passes += f"; {after.num_blocks * after.num_passes} projections afresh{widths}, adding nothing at first"
         else:
             used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
             passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
             passes += f"{before.num_blocks * before.num_passes}"
-            if (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
-                passes += f", {then} hidden channels now {now}"
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")
