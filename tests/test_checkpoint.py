@@ -92,6 +92,25 @@ def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
             load_weights(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "written in format 1 by an older version of sret; this version reads format 2: train or convert again"),
+        ({"format": 1}, "format 1 by an older version"),
+        ({"format": 3}, "written in format 3 by a newer version of sret; this version reads format 2: update sret"),
+        ({"format": "two"}, "its metadata cannot be read by this version of sret"),
+    ],
+)
+def test_a_file_of_another_format_is_one_line(change, message, tmp_path, model):
+    values = json.loads(card(model.config).to_json())
+    assert values.pop("format") == 2
+    path = tmp_path / "old.safetensors"
+    save_file(model.state_dict(), path, {METADATA_KEY: json.dumps({**values, **change})})
+    with pytest.raises(InputError, match=rf"^{path}: .*{message}") as error:
+        load_weights(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(("where", "name"), [(os, "fsync"), (Path, "replace")])
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, where, name):
     path = tmp_path / "file"

@@ -1,4 +1,4 @@
-"""Weights of one model into another of more or fewer passes.
+"""Moves the weights of one model into another of more or fewer passes.
 
 A block applied R times is taken for a path that R steps divide. In R' passes the same path is walked in other steps:
 
@@ -6,8 +6,8 @@ A block applied R times is taken for a path that R steps divide. In R' passes th
 - Pass i of R' takes the projection that stood at the same share of the way, number floor((i + 1/2) R / R').
 - Coefficients are made those of a step R / R' times as long: s' beta' = s beta R / R', and the factor of the stream to
   the power of R / R' (a negative one keeps its sign).
-- A projection with more hidden channels than that one has gets new ones whose answers begin at zero; one with fewer
-  keeps those of the largest weights. Where the source has none, projections are new, and add nothing at first.
+- Where the source has no projections, or projections with another number of hidden channels, they are new, and add
+  nothing at first: their second layer is zero.
 """
 
 import math
@@ -21,39 +21,40 @@ import torch
 from torch import Tensor
 
 from sret.checkpoints.card import METADATA_KEY, read_card
-from sret.checkpoints.files import StateDict, read_safetensors
+from sret.checkpoints.files import EXPORTED_SUFFIXES, StateDict, read_safetensors
 from sret.checkpoints.official import check_fit, fitted, from_official, has_shapes_of, load_pretrained, read_official
+from sret.checkpoints.resolve import find_file
 from sret.errors import InputError, error_prefix
-from sret.export.runtime import ENGINES
 from sret.models.config import ModelConfig, StageConfig
 from sret.models.sret import SReT
-from sret.models.variants import PUBLISHED
+from sret.models.variants import PUBLISHED, config_of
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 _COEFFICIENTS = ("alpha", "beta")
-_FC1, _FC2, _FC2_BIAS = "branch.fc1.weight", "branch.fc2.weight", "branch.fc2.bias"
-_HIDDEN_AXIS = {_FC1: 0, "branch.fc1.bias": 0, _FC2: 1}
+_SECOND_LAYER = ("branch.fc2.weight", "branch.fc2.bias")
 
 
-def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
-    """Our state dict of a file of ours or of the authors', and the configuration of its model.
+def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
+    """Our state dict of a file of ours or of the authors', or of a published name, and its model's configuration.
 
     `config`, of the model that shall have them, stands in for what the file does not say: a file of ours without its
     metadata, or one that was trained with the authors' code and fits no published model.
     Raises `InputError` if the file cannot be read safely, or is of no model.
     """
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder; name a file of weights in it, such as {Path(path) / 'best.safetensors'}")
-    if Path(path).suffix in ENGINES:
-        raise InputError(f"{path} is an exported model, which is for answering; take the weights it was made of")
-    if Path(path).suffix == ".safetensors":
+    if Path(source).is_dir():
+        best = Path(source) / "best.safetensors"
+        raise InputError(f"{source} is a folder; name a file of weights in it, such as {best}")
+    if Path(source).suffix in EXPORTED_SUFFIXES:
+        raise InputError(f"{source} is an exported model, for inference only; take the weights it was made of")
+    path, variant = find_file(source)
+    if path.suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
             with error_prefix(path):
                 return state_dict, fitted(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
         if card.is_fused:
-            raise InputError(f"{path} is of a fused model, which is for answering; take the weights it was made of")
+            raise InputError(f"{path} is of a fused model, for inference only; take the weights it was made of")
         return state_dict, card.config
     official, _ = read_official(path)
     if "stem.conv1.weight" in official:
@@ -62,16 +63,19 @@ def read_source(path: str | os.PathLike[str], config: ModelConfig) -> tuple[Stat
             "safetensors.torch.save_file makes of them"
         )
     with error_prefix(path):
-        published = next((variant for variant in PUBLISHED.values() if has_shapes_of(variant, official)), None)
-        source = fitted(published or replace(config, residual_scale="one"), official)
-        return from_official(official, source), source
+        if variant is not None:
+            published: ModelConfig | None = config_of(variant)
+        else:
+            published = next((known for known in PUBLISHED.values() if has_shapes_of(known, official)), None)
+        found = fitted(published or replace(config, residual_scale="one"), official)
+        return from_official(official, found), found
 
 
-def transfer_file(model: SReT, path: str | os.PathLike[str]) -> list[str]:
-    """The weights of a file into a model: `read_source`, then `transfer`. Its errors name the file."""
-    state_dict, source = read_source(path, model.config)
-    with error_prefix(path):
-        return transfer(model, state_dict, source)
+def transfer_file(model: SReT, source: str | os.PathLike[str]) -> list[str]:
+    """The weights of a file or published name into a model: `read_source`, then `transfer`. Its errors name it."""
+    state_dict, config = read_source(source, model.config)
+    with error_prefix(source):
+        return transfer(model, state_dict, config)
 
 
 @torch.no_grad()
@@ -97,8 +101,8 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
         i, name, taken = int(match[1]), match[3], key
         before, after = source.stages[i], target.stages[i]
         if match[2] is not None:
-            if before.projection_ratio is None:
-                adapted[key] = torch.zeros_like(fresh) if name in (_FC2, _FC2_BIAS) else fresh
+            if _hidden_dim(before) != _hidden_dim(after):
+                adapted[key] = torch.zeros_like(fresh) if name in _SECOND_LAYER else fresh
                 continue
             number = (2 * int(match[2]) + 1) * before.num_passes // (2 * after.num_passes)
             taken = key.replace(f".projections.{match[2]}.", f".projections.{number}.")
@@ -106,9 +110,6 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
             factors = source.residual_factor(before), target.residual_factor(after)
             value = state_dict.get(taken, torch.ones(1))
             adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
-        elif match[2] is not None and name in _HIDDEN_AXIS:
-            fc1, fc2 = (state_dict[taken.removesuffix(name) + weight] for weight in (_FC1, _FC2))
-            adapted[key] = _resized(name, state_dict[taken], fresh, fc1.norm(dim=1) * fc2.norm(dim=0))
         else:
             adapted[key] = state_dict[taken]
     load_pretrained(model, adapted)
@@ -147,16 +148,6 @@ def _is_learned(key: str, value: Tensor) -> bool:
     return key.rpartition(".")[2] in _COEFFICIENTS and bool((value != 1).any())
 
 
-def _resized(name: str, value: Tensor, fresh: Tensor, importance: Tensor) -> Tensor:
-    """A projection's weight with as many hidden channels as `fresh` has, which lends the new ones its values."""
-    axis, now = _HIDDEN_AXIS[name], len(importance)
-    wanted = fresh.shape[axis]
-    if wanted <= now:
-        return value.index_select(axis, importance.topk(wanted).indices.sort().values)
-    added = fresh.narrow(axis, now, wanted - now).to(value)
-    return torch.cat([value, torch.zeros_like(added) if name == _FC2 else added], axis)
-
-
 def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
     """A coefficient for steps of `share` times the length."""
     value = value.double()  # so that an equal step leaves it as it is, after rounding
@@ -182,14 +173,13 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
         if after.projection_ratio is None:
             dropped = before.num_blocks * before.num_passes if before.projection_ratio else 0
             passes += f"; {dropped} projections left out" if dropped else "; no projections"
-        elif before.projection_ratio is None:
-            passes += f"; {after.num_blocks * after.num_passes} projections afresh, adding nothing at first"
+        elif (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
+            widths = f" ({then} hidden channels now {now})" if then else ""
+            passes += f"; {after.num_blocks * after.num_passes} projections afresh{widths}, adding nothing at first"
         else:
             used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
             passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
             passes += f"{before.num_blocks * before.num_passes}"
-            if (then := _hidden_dim(before)) != (now := _hidden_dim(after)):
-                passes += f", {then} hidden channels now {now}"
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"classifier afresh: {source.num_classes} classes now {target.num_classes}")

@@ -1,4 +1,4 @@
-"""Files that survive: weights with all that is needed to rebuild the model, and the state of a training run.
+"""Reads and writes weights, with all that is needed to rebuild the model, and the state of a training run.
 
 A weights file is safetensors; its metadata says what the weights are (a `Card`). The state of a run is a `torch.save`
 file of tensors and plain values, read with `weights_only=True`. Both are written aside, synchronised and renamed, so
@@ -26,6 +26,11 @@ from sret.models.fuse import fuse
 from sret.models.sret import SReT
 
 METADATA_KEY = "sret"
+FORMAT = 2  # of a card; another one is refused
+
+
+class _OtherFormat(InputError):
+    """A card that another version of sret wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +70,24 @@ class Card:
             raise InputError(f"{data_name} has other classes than the checkpoint: {first_few(pairs)}")
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "format": FORMAT})
 
     @classmethod
     def from_json(cls, text: str) -> "Card":
+        """What `to_json` wrote. Raises `InputError` for another format; other errors if it is not a card at all."""
         values = json.loads(text)
+        found = values.get("format", 1)
+        if found != FORMAT:
+            age, cure = ("a newer", "update sret") if found > FORMAT else ("an older", "train or convert again")
+            raise _OtherFormat(
+                f"written in format {found} by {age} version of sret; this version reads format {FORMAT}: {cure}"
+            )
         return cls(
             config=ModelConfig.from_dict(values["config"]),
             preprocessing=Preprocessing(**values["preprocessing"]),
             class_names=tuple(values["class_names"]),
             training=values["training"],
-            is_fused=values.get("is_fused", False),
+            is_fused=values["is_fused"],
         )
 
 
@@ -104,6 +116,8 @@ def read_card(path: str | os.PathLike[str], text: str) -> Card:
     """The card in the metadata of a file. Raises `InputError` naming the file if it cannot be read."""
     try:
         return Card.from_json(text)
+    except _OtherFormat as error:
+        raise InputError(f"{path}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
 

@@ -14,6 +14,8 @@ from sret.errors import InputError
 
 StateDict = dict[str, Tensor]
 
+EXPORTED_SUFFIXES = (".onnx", ".xml")  # of what `sret export` writes
+
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a `torch.save` file holds, if that is tensors, plain values and at most an `argparse.Namespace`.
@@ -59,6 +61,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str,
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError, ValueError) as error:
         hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
-        if path.suffix in (".onnx", ".xml"):
+        if path.suffix in EXPORTED_SUFFIXES:
             hint = " (an exported model answers, but its weights cannot be taken out again)"
         raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error

@@ -1,14 +1,14 @@
 """Tables of what models cost: the published ones side by side, or one stage by stage and pass by pass."""
 
 from itertools import groupby
-from pathlib import Path
 from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sret.export.runtime import ENGINES, load_model
+from sret.checkpoints.resolve import is_name
+from sret.export.runtime import load_model
 from sret.models.cost import model_cost
 from sret.models.variants import CONFIGS, RELEASES, config_of
 
@@ -60,10 +60,7 @@ def _published(variant: str) -> str:
 
 def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
     """Parameters, multiply-adds, tokens and slices of one model by stage and pass; `name` may be a file."""
-    if Path(name).suffix in (".safetensors", *ENGINES) or Path(name).is_file():
-        config = load_model(name)[1].config
-    else:
-        config = config_of(name)
+    config = config_of(name) if is_name(name) else load_model(name)[1].config
     cost = model_cost(config, size)
     height, width = size or config.input_size
     console.print(

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sret.checkpoints.card import Card, load_weights
-from sret.checkpoints.convert import load_published
+from sret.checkpoints.card import Card
+from sret.checkpoints.resolve import resolve
 from sret.data.dataset import ImageDataset, Samples, Unreadable
 from sret.data.sources import load_data
 from sret.errors import InputError
@@ -110,10 +110,9 @@ def export(
     samples: int = 300,
     batch_size: int = 16,
 ) -> Export:
-    """`export_model` for a weights file of ours, or a published name such as sret_t.dist_in1k (then fetched)."""
+    """`export_model` for what `resolve` takes: a weights file, ours or the authors', or a published name."""
     _check(out, dtype, data)
-    is_ours = Path(source).suffix == ".safetensors" or Path(source).exists()
-    model, card = load_weights(source) if is_ours else load_published(source)
+    model, card = resolve(source)
     return export_model(model, card, out, dtype, image_size, data, samples, batch_size)
 
 

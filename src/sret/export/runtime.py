@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sret.checkpoints.card import Card, load_weights, read_card
+from sret.checkpoints.card import Card, read_card
+from sret.checkpoints.resolve import resolve
 from sret.errors import InputError
 from sret.files import sha256_of
 from sret.models.sret import SReT
@@ -76,9 +77,9 @@ class Exported(nn.Module):
         return torch.from_numpy(logits).to(x.device)
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[SReT | Exported, Card]:
-    """What a file holds that can answer, by its suffix: `load_exported` or `load_weights`. Raises as they do."""
-    return load_exported(path) if Path(path).suffix in ENGINES else load_weights(path)
+def load_model(source: str | os.PathLike[str]) -> tuple[SReT | Exported, Card]:
+    """The model of an exported file, or of what `resolve` takes: a weights file or a published name."""
+    return load_exported(source) if Path(source).suffix in ENGINES else resolve(source)
 
 
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> tuple[Exported, Card]:

@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
-from sret.checkpoints.card import load_weights
+from sret.checkpoints.resolve import resolve
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, did_you_mean
 
@@ -79,7 +79,7 @@ def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) ->
     """A teacher and how it wants its images.
 
     Args:
-        name: a weights file of `sret`; or a name for `timm.create_model`, with its pretrained weights.
+        name: a weights file, ours or the authors'; or a name for `timm.create_model`, with its pretrained weights.
         weights: a file to take instead of timm's pretrained weights.
         class_names: the student's.
 
@@ -89,7 +89,7 @@ def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) ->
     if Path(name).is_file():
         if weights is not None:
             raise InputError(f"{name} is a weights file itself; leave teacher_weights out")
-        model, card = load_weights(name)
+        model, card = resolve(name)
         if card.class_names and tuple(card.class_names) != tuple(class_names):
             raise InputError(f"the teacher {name} knows other classes than the data, or in another order")
         preprocessing = card.preprocessing

@@ -1,0 +1,91 @@
+"""Finds the model that a name or path stands for: a weights file, a file of the authors, or a published name."""
+
+import os
+from pathlib import Path
+
+from timm.models import get_pretrained_cfg
+
+from sret.checkpoints import download
+from sret.checkpoints.card import Card, load_weights
+from sret.checkpoints.files import EXPORTED_SUFFIXES
+from sret.checkpoints.official import load_official
+from sret.data.preprocess import Preprocessing
+from sret.errors import InputError, did_you_mean
+from sret.models.sret import SReT
+from sret.models.variants import CONFIGS, RELEASES, config_of
+
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", *EXPORTED_SUFFIXES)
+_TAGS = {name.partition(".")[2] for name in RELEASES}
+
+
+def resolve(source: str | os.PathLike[str], variant: str | None = None) -> tuple[SReT, Card]:
+    """The model that a name or path stands for, in evaluation mode, and its card.
+
+    Args:
+        source: a weights file of ours; one of the authors' files; or a published name such as `sret_t.dist_in1k`,
+            whose weights are then fetched. An existing file wins over a name.
+        variant: which model the authors' file is; by default found from its shapes and name.
+
+    Raises `InputError` for a file that is missing or cannot be read, and for a name that was not published.
+    """
+    path, named = find_file(source)
+    if named is not None and variant is not None:
+        raise InputError(f"{source} is a published name and says which model it is; leave --variant out")
+    if named is None and _is_ours(path):
+        if variant is not None:
+            raise InputError("--variant is for reading the authors' files; ours say which model they are")
+        return load_weights(path)
+    model = load_official(path, named or variant)
+    return model, imagenet_card(model, os.fspath(source))
+
+
+def find_file(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The file that a name or path stands for, and the variant if it is a published name (then fetched).
+
+    Raises `InputError` for a missing file, and for a name that was not published.
+    """
+    if not is_name(source):
+        path = Path(source)
+        if not path.exists():
+            raise InputError(f"{source}: no such file{did_you_mean(os.fspath(source), RELEASES)}")
+        return path, None
+    name = os.fspath(source)
+    config_of(name)
+    released = next((known for known in RELEASES if known == name or known.startswith(f"{name}.")), None)
+    if released is None:
+        raise InputError(f"{name} has no published weights; train it, and name the weights file of that run")
+    return download.fetch(download.drive_url(RELEASES[released].drive_id)), released.partition(".")[0]
+
+
+def is_name(source: str | os.PathLike[str]) -> bool:
+    """Whether this is the name of a model, known or not, rather than the path of a file, there or missing."""
+    path = Path(source)
+    if path.exists() or path.name != os.fspath(source) or path.suffix in _FILE_SUFFIXES:
+        return False
+    name, _, tag = path.name.partition(".")
+    return not tag or tag in _TAGS or name in CONFIGS
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `load_weights` reads it, or says best what is wrong with it."""
+    if path.is_dir() or path.suffix in (".safetensors", *EXPORTED_SUFFIXES):
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"  # a safetensors file under another name
+
+
+def imagenet_card(model: SReT, source: str) -> Card:
+    """The card of one of the authors' checkpoints: their preprocessing, and where the file came from."""
+    cfg = get_pretrained_cfg("sret_t")
+    assert cfg is not None
+    return Card(
+        config=model.config,
+        preprocessing=Preprocessing(
+            img_size=model.config.input_size,
+            mean=cfg.mean,
+            std=cfg.std,
+            crop_pct=cfg.crop_pct,
+            interpolation=cfg.interpolation,
+        ),
+        training={"converted_from": Path(source).name},
+    )
