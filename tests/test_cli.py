@@ -132,7 +132,10 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS], "missing out"),
         (["train", "--config", "none.yaml", "--out", "x"], "none.yaml"),
         (["train", "--config", DIGITS, "--out", "x", "--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
-        (["train", "--config", DIGITS, "--out", "x", "--epochs", "many"], "epochs: Expected a int. Got value: many"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--epochs", "many"],
+            "epochs: must be a whole number > 0; given many",
+        ),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
         (["train", "--config", IMAGENET, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
@@ -145,7 +148,18 @@ def one_line(err: str) -> str:
             ["train", "--config", DIGITS, "--out", "x", "--augmentation.geometry", "x"],
             "'crop', 'pad', 'affine', 'none'",
         ),
-        (["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"], "max_steps: "),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--max-steps", "0"],
+            "max_steps: must be a whole number > 0; given 0",
+        ),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--label_smoothing", "1"],
+            "must be a number >= 0 and < 1; given 1",
+        ),
+        (["train", "--config", DIGITS, "--out", "x", "--flip", "no"], "did you mean 'augmentation.flip'?"),
+        (["--help-me"], "unknown option '--help-me'"),
+        (["--versoin"], "did you mean 'version'?"),
+        (["export", "sret_t", "x.onnx", "--image_size", "64"], "did you mean 'img_size'?"),
         (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
         (["predict", "a.png"], "missing checkpoint"),
         (["predict", "a.png", "--checkpoint", "x", "--top_k", "-1"], "top_k"),
@@ -159,7 +173,7 @@ def one_line(err: str) -> str:
         (["convert", "gone.pth", "x.onnx"], "OUT ends in .safetensors"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_exit_code_2(arguments, message, sret, tmp_path, monkeypatch):
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, sret, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = sret(*arguments)
     assert code == 2
@@ -175,7 +189,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(arguments, message, sret, tm
         (("img_size:", "image_size:"), "ModelConfig has no field 'image_size'"),
         (("num_heads: 2", "num_head: 2"), "did you mean 'num_heads'?"),
         (("groups: [4, 2]", "groups: [400, 2]"), "64 token(s) cannot form 400 slices; try at most 64"),
-        (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate 5 is not a probability below 1"),
+        (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate is 5; it must be a number "),
         (("epochs: 60", "epochs: ["), "Problems parsing config"),
         (("img_size: 32", "img_size: big"), "img_size 'big' is not a number of pixels"),
     ],
@@ -393,10 +407,39 @@ def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
     def interrupt(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.COMMANDS["info"], "run", interrupt)
+    monkeypatch.setattr("sret.cli.commands.info.run", interrupt)
     code, _, err = sret("info")
     assert code == 130
     assert "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "output"),
+    [
+        (["--help"], 0, "soft-labels  write a teacher's predictions"),
+        (["--version"], 0, "sret 0.1.0\n"),
+        (["trian"], 2, "did you mean 'train'?"),
+        (["train", "--epoch", "3"], 2, "did you mean 'epochs'?"),
+        (["train", "--help"], 0, "--augmentation.min_scale"),
+        *[([name, "--help"], 0, f"usage: sret {name} ") for name in list(cli.COMMANDS)[1:]],
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_misspellings_do_not_wait_for_torch(arguments, code, output):
+    program = (
+        "import sys\n"
+        "from sret.cli.main import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as stopped:\n"
+        "    code = stopped.code or 0\n"
+        "heavy = {'torch', 'timm', 'accelerate', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert output in result.stdout + result.stderr
 
 
 def test_the_command_is_installed():

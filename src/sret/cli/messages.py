@@ -1,25 +1,23 @@
-"""Between a user's words and jsonargparse: spellings that are let pass, and its errors in one line."""
+"""Normalizes spellings of options before jsonargparse reads them, and shortens its errors to one line."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import zip_longest
 
 from sret.errors import did_you_mean
-from sret.models.config import ModelConfig
 
 
-def spelt_out(argv: Sequence[str]) -> list[str]:
+def normalize_options(argv: Sequence[str]) -> list[str]:
     """`--max-steps=3` means `--max_steps=3`; `--model NAME` means `--model.name NAME`, beside what a recipe changes."""
-    spelt = []
+    normal = []
     for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
         if name == "--model" and re.fullmatch(r"\w+", value if equals else following):
             name = "--model.name"
-        spelt.append(name + equals + value)
-    return spelt
+        normal.append(name + equals + value)
+    return normal
 
 
 _UNKNOWN = re.compile(
@@ -27,35 +25,54 @@ _UNKNOWN = re.compile(
 )
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Problem with given class_path|Given value type:"
-    r"|- Expected a <class 'str'>|Parser key \"[^\"]+\":$"
+    r"|- Expected a <class '(?:str|NoneType)'>|Parser key \"[^\"]+\":$"
 )
 
 
-def brief(message: str, options: Sequence[str], commands: Sequence[str]) -> str:
+def shorten_error(message: str, options: Sequence[str]) -> str:
     """jsonargparse's message, several lines and a dump of all values, as what was wrong and what would work.
 
     Args:
-        options, commands: the names there are.
+        options: the command's options, such as "epochs" or "model.img_size".
     """
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    prefix = f"{path}: " if path else ""
     if unknown := _UNKNOWN.search(message):
-        name = next(filter(None, unknown.groups()))
-        if name in ("grad_checkpointing", "gradient_checkpointing"):  # its name elsewhere
-            return f"unknown option {name!r}; did you mean 'model.memory'? It takes pass, or nested for deep models"
-        if name in (field.name for field in fields(ModelConfig)):
-            return f"unknown option {name!r}; did you mean 'model.{name}'?"
-        where = f" in {path}" if path else ""
-        return f"unknown option {name!r}{where}{did_you_mean(name.rpartition('.')[2], options)}"
-    if choice := re.search(r"invalid choice: '([^']*)'", message):
-        return f"unknown command {choice[1]!r}{did_you_mean(choice[1], commands)}; there are {', '.join(commands)}"
-    if 'expected "subcommand"' in message:
-        return f"name a command: {', '.join(commands)}; `sret COMMAND --help` says more"
+        return _unknown_option(next(filter(None, unknown.groups())), path, options)
     if required := re.search(r"the following arguments are required: (.*)", message):
         names = [name.rpartition(".")[2] for name in required[1].split(", ")]
         return f"missing {', '.join(names)}{f' in {path}' if path else ''}"
+    if number := re.search(r"Not of type (\w+)", message):
+        return f"{prefix}must be {_range(number[1])}{_given(message)}"
     given = re.search(r"Given value: (.*)", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
     kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
     text = re.sub(r"<class '(\w+)'>", r"\1", "; ".join(kept)).replace("typing.", "")
     suffix = f" (given {given[1]})" if given and "Expected" in text and "Got" not in text else ""
-    return f"{path}: {text}{suffix}" if path else f"{text}{suffix}"
+    return f"{prefix}{text}{suffix}"
+
+
+def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
+    where = f" in {path}" if path else ""
+    if name in ("grad_checkpointing", "gradient_checkpointing") and "model.memory" in options:  # its name elsewhere
+        return f"unknown option {name!r}; did you mean 'model.memory'? It takes pass, or nested for deep models"
+    by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
+    last_part = name.rpartition(".")[2]
+    if last_part in by_last_part and by_last_part[last_part] != name:
+        return f"unknown option {name!r}{where}; did you mean {by_last_part[last_part]!r}?"
+    return f"unknown option {name!r}{where}{did_you_mean(last_part, by_last_part)}"
+
+
+def _range(type_name: str) -> str:
+    """What a type of `sret.ranges` takes, such as "a whole number > 0"."""
+    from sret import ranges
+
+    number = getattr(ranges, type_name)
+    bounds = re.findall(r"v([<>=]+)(\S+)", number._expression)
+    kind = "a whole number" if number._type is int else "a number"
+    return f"{kind} {' and '.join(f'{comparison} {bound}' for comparison, bound in bounds)}"
+
+
+def _given(message: str) -> str:
+    given = re.search(r"Given value: (.*)|: (\S+) does not conform|: '([^']*)'$", message, re.MULTILINE)
+    return f"; given {next(filter(None, given.groups()), '')}" if given else ""

@@ -1,0 +1,20 @@
+"""`sret convert`: converts the authors' checkpoints into safetensors, and back."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", type=str, metavar="IN", help="a file, or a published name such as sret_t.dist_in1k")
+    parser.add_argument(
+        "target", type=Path, metavar="OUT", help="FILE.safetensors, or FILE.pth for the authors' format"
+    )
+    parser.add_argument("--variant", type=str | None, help="which model IN is, where its file name does not say")
+
+
+def run(arguments: Namespace) -> int:
+    from sret.checkpoints.convert import convert
+
+    print(convert(arguments.source, arguments.target, arguments.variant))
+    return 0

@@ -1,0 +1,24 @@
+"""`sret info`: shows the published models side by side, or one model in detail."""
+
+from jsonargparse import ArgumentParser, Namespace
+
+from sret.cli.commands import ImageSize, both_sides
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", type=str | None, help="a variant such as sret_t, or a checkpoint")
+    parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]")
+
+
+def run(arguments: Namespace) -> int:
+    from rich.console import Console
+
+    from sret.cli.tables import print_model, print_variants
+
+    console = Console(highlight=False)
+    size = both_sides(arguments.img_size)
+    if arguments.model is None:
+        print_variants(console, size)
+    else:
+        print_model(console, arguments.model, size)
+    return 0
