@@ -1,4 +1,4 @@
-"""The named models as timm knows them: `import sret; timm.create_model("sret_t", pretrained=True)`."""
+"""Registers the named models with timm: `import sret; timm.create_model("sret_t", pretrained=True)`."""
 
 from dataclasses import replace
 from pathlib import Path

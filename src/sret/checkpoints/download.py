@@ -1,4 +1,4 @@
-"""Published checkpoints, fetched once from the public Drive ids that the authors list."""
+"""Fetches published checkpoints, once, from the public Drive ids that the authors list."""
 
 import os
 from pathlib import Path

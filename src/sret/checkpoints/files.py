@@ -1,4 +1,4 @@
-"""Files of weights, read so that they cannot run code, with errors that name the file and what is wrong with it."""
+"""Reads files of weights so that they cannot run code, with errors that name the file and what is wrong with it."""
 
 import argparse
 import os

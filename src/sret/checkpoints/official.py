@@ -1,4 +1,4 @@
-"""The authors' checkpoints <-> ours, and the only place that knows their key names.
+"""Translates checkpoints of the authors into ours and back; the only place that knows their key names.
 
 The authors' files are pickles of `{"model": state dict, maybe "args": argparse.Namespace, ...}`. A shared block stands
 there once per pass, under every position of its stage at which it is used: with R passes, pass r of block i is
@@ -191,8 +191,8 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     if re.search(r"16[-_]14[-_]1", hint) and "sret_lt_16_14_1" in sliced:
         return "sret_lt_16_14_1"
     # A size without further words is its sliced model. Of LT two sliced ones are published, but one distilled.
-    is_told = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
-    if len(fitting) > 1 and not is_told:
+    is_named = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
+    if len(fitting) > 1 and not is_named:
         warnings.warn(
             f"slices leave no trace in weights: taking them for {fitting[0]}, "
             f"but they fit {' and '.join(fitting[1:])} as well; name the variant if it is another one",
@@ -207,7 +207,7 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
 
     Args:
         path: a file of the authors' release, or of training with their code, with any number of classes.
-        variant: which model it is; by default told from shapes, the file's name and the arguments saved inside.
+        variant: which model it is; by default found from shapes, the file's name and the arguments saved inside.
 
     Raises `InputError` if the file cannot be read safely, or fits no variant or not the one named.
     """

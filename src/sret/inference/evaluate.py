@@ -1,4 +1,4 @@
-"""Accuracy on labelled images: every image counted once, whatever the batch size and the number of processes."""
+"""Measures accuracy on labelled images: each counts once, whatever the batch size and the number of processes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

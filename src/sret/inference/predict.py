@@ -1,4 +1,4 @@
-"""Images in, labelled probabilities out."""
+"""Predicts the classes of images: image files in, labelled probabilities out."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
