@@ -95,7 +95,7 @@ def slicing(options: argparse.Namespace) -> list[Report]:
     for pixels, batch_size in ((224, 16), (384, 4), (512, 2)):
         settings = Settings(
             batch_size=batch_size,
-            image_size=(pixels, pixels),
+            img_size=(pixels, pixels),
             engines=tuple((options.engines or "eager,fused,openvino").split(",")),
             dtypes=("float32", "bfloat16"),
             threads=options.threads,

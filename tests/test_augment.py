@@ -82,7 +82,7 @@ def test_settings_that_cannot_be_are_refused():
     for policy in ("rand-q9", "nonsense"):
         with pytest.raises(InputError, match="must be a policy that timm knows"):
             Augmentation(auto_augment=policy)
-    with pytest.raises(InputError, match="needs colour images; these are grey"):
+    with pytest.raises(InputError, match="needs colour images, and these are grey"):
         train_transform(Augmentation(auto_augment="rand-m9"), GREY)
 
 

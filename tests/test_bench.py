@@ -16,8 +16,8 @@ import torch
 from conftest import small_config
 from torch import Tensor, nn
 
-import sret.bench
 from sret import InputError, SReT, model_cost
+from sret.bench import runner
 from sret.bench import timing as measure
 from sret.bench.candidates import TOLERANCE, subject_of
 from sret.bench.report import as_text, check_figure, draw
@@ -189,7 +189,7 @@ def never_timed(monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(sret.bench, "alternate", fail)
+    monkeypatch.setattr(runner, "alternate", fail)
 
 
 @pytest.mark.parametrize("wrong", [1.001, math.nan])
@@ -205,9 +205,7 @@ def test_an_engine_that_answers_otherwise_is_refused_before_timing(wrong, monkey
 
     monkeypatch.setattr("sret.bench.engines.fuse", Wrong)
     with pytest.raises(InputError, match=r"mine fused float32: its answer differs .* nothing was timed"):
-        bench(
-            {"other": nn.Sequential(nn.AvgPool2d(64), nn.Flatten()), "mine": small_model()}, fused(image_size=(64, 64))
-        )
+        bench({"other": nn.Sequential(nn.AvgPool2d(64), nn.Flatten()), "mine": small_model()}, fused(img_size=(64, 64)))
 
 
 def fused(**changes: object) -> Settings:
@@ -215,7 +213,7 @@ def fused(**changes: object) -> Settings:
 
 
 def test_a_wrong_permutation_would_be_seen():
-    settings = Settings(batch_size=2, image_size=(64, 64))
+    settings = Settings(batch_size=2, img_size=(64, 64))
     one = subject_of("one", "sret_t", settings, CPU)
     torch.rand(1)
     other = subject_of("other", "sret_t:permutation=strided", settings, CPU)
@@ -259,7 +257,7 @@ def test_every_engine_agrees():
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     engines = ("eager", "fused", "cudagraphs", "onnxruntime", "openvino")
-    settings = fused(engines=engines, dtypes=("float32", "bfloat16"), image_size=(64, 64))
+    settings = fused(engines=engines, dtypes=("float32", "bfloat16"), img_size=(64, 64))
     report = bench({"mine": small_model(), "other": "test_vit"}, settings)
     wanted = [
         (name, engine, dtype)
@@ -282,7 +280,7 @@ def test_compiled_models_agree_and_may_be_many():
         pytest.skip("no C++ compiler")
     models = {f"{width}": nn.Sequential(nn.Flatten(), nn.Linear(48, width), nn.GELU()) for width in range(2, 12)}
     torch.compiler.reset()
-    report = bench(models, fused(engines=("compile",), image_size=(4, 4)))
+    report = bench(models, fused(engines=("compile",), img_size=(4, 4)))
     assert all(row.difference < 1e-5 for row in report.rows)
     assert len(report.rows) == len(models)
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -299,8 +297,8 @@ def test_rows_are_computed_from_the_times(monkeypatch):
         "a fused float32": [0.05, 0.05, 0.09],
         "b fused float32": [0.1, 0.1, 0.09],
     }
-    monkeypatch.setattr(sret.bench, "alternate", lambda contenders, *_: {name: given[name] for name in contenders})
-    monkeypatch.setattr(sret.bench, "roofline", lambda *_: 1e9)
+    monkeypatch.setattr(runner, "alternate", lambda contenders, *_: {name: given[name] for name in contenders})
+    monkeypatch.setattr(runner, "roofline", lambda *_: 1e9)
     report = bench({"a": small_model(), "b": small_model()}, fused())
     a, b, fused_a, fused_b = report.rows
     assert [(row.model, row.engine) for row in report.rows] == [(n, e) for e in ("eager", "fused") for n in "ab"]
@@ -317,7 +315,7 @@ def test_rows_are_computed_from_the_times(monkeypatch):
 
 
 def test_a_model_twice_is_compared_with_itself():
-    report = bench(["resnet10t", "resnet10t"], Settings(batch_size=1, image_size=(32, 32), rounds=1, device="cpu"))
+    report = bench(["resnet10t", "resnet10t"], Settings(batch_size=1, img_size=(32, 32), rounds=1, device="cpu"))
     assert [row.model for row in report.rows] == ["resnet10t", "resnet10t (2)"]
 
 
@@ -355,13 +353,13 @@ def test_files_of_weights_and_of_export_take_part(tmp_path):
     ],
 )
 def test_images_have_the_size_that_was_asked_for_or_the_model_s_own(name, size, expected):
-    assert subject_of(name, name, Settings(batch_size=1, image_size=size), CPU).images.shape[1:] == expected
+    assert subject_of(name, name, Settings(batch_size=1, img_size=size), CPU).images.shape[1:] == expected
 
 
 def test_settings_of_pytorch_are_as_before(monkeypatch):
     threads = torch.get_num_threads()
     seen = []
-    monkeypatch.setattr(sret.bench, "roofline", lambda *_: seen.append(torch.get_num_threads()) or 1.0)
+    monkeypatch.setattr(runner, "roofline", lambda *_: seen.append(torch.get_num_threads()) or 1.0)
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
@@ -417,10 +415,10 @@ def test_what_a_compiler_or_converter_cannot_do_is_left_out_with_its_reason(monk
         (["sret_t:permutation=stridid"], "permutation 'stridid' is not one of random, strided"),
         (["sret_t:permutatio=strided"], "did you mean 'permutation'?"),
         (["sret_t:strided"], "options are written sret_t:name=value"),
-        (["sret_t:img_size=64", "--image-size", "64"], "both img_size and --image-size are given"),
+        (["sret_t:img_size=64", "--img-size", "64"], "both img_size and --img-size are given"),
         (["resnet10t:foo=3"], "resnet10t:foo=3 cannot be made: "),
         (["resnet10t:features_only=true"], "does not give one row of logits"),
-        (["sret_t", "--image-size", "8"], "stage 1 at 8x8 pixels"),
+        (["sret_t", "--img-size", "8"], "stage 1 at 8x8 pixels"),
         (
             ["sret_t:img_size=32", "resnet10t", "--batch-size", 10**12],
             "a batch of 1000000000000 does not fit in memory",
@@ -458,7 +456,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    code, _, err = command("sret_t", "--image-size=32", "--engines=onnxruntime", "--batch-size=1")
+    code, _, err = command("sret_t", "--img-size=32", "--engines=onnxruntime", "--batch-size=1")
     assert code == 2
     assert "pip install 'sret[export]'" in err
 
@@ -470,7 +468,7 @@ def test_a_missing_package_is_named_with_its_extra(command, monkeypatch):
 def report():
     torch.manual_seed(0)
     contenders = {"mine": SReT(small_config()), "resnet": "resnet10t"}
-    return bench(contenders, fused(image_size=(64, 64)))
+    return bench(contenders, fused(img_size=(64, 64)))
 
 
 def test_the_table_has_the_numbers_of_the_json_line(report):
@@ -506,7 +504,7 @@ def test_the_figure_is_a_image_and_overwrites_nothing(report, tmp_path):
 
 
 def test_the_command_prints_a_table_and_one_line_of_json(command, tmp_path):
-    line = ("sret_t", "resnet10t", "--image-size", 32, "--batch-size", 1, "--rounds", 2)
+    line = ("sret_t", "resnet10t", "--img-size", 32, "--batch-size", 1, "--rounds", 2)
     code, out, err = command(*line, "--figure", tmp_path / "a.png", "--threads", 1)
     assert (code, err) == (0, "")
     assert "\neager, float32\n" in out

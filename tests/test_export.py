@@ -122,7 +122,7 @@ def test_any_model_answers_the_same_for_any_number_of_images(config, size, tmp_p
     model = disturbed(config)
     before = copy.deepcopy(model.state_dict())
     for suffix in SUFFIXES:
-        found = export_model(model.train(), card_of(model), tmp_path / f"m{suffix}", image_size=size)
+        found = export_model(model.train(), card_of(model), tmp_path / f"m{suffix}", img_size=size)
         assert model.training
         assert found.comparison.count == 16
         assert found.comparison.difference <= 1e-5 * found.comparison.scale
@@ -347,17 +347,17 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (["M", "m.onnx", "--data", "pets"], "the checkpoint knows 10 classes, pets has 2"),
         (["M", "m.onnx", "--data", "nowhere"], "no data 'nowhere'"),
         (
-            ["M", "m.onnx", "--image_size", "16"],
+            ["M", "m.onnx", "--img_size", "16"],
             "stage 1 at 16x16 pixels: groups (8, 2), pass 1: 4 token(s) cannot form",
         ),
-        (["M", "m.onnx", "--image_size", "[64,0]"], "img_size (64, 0) is not a number of pixels"),
+        (["M", "m.onnx", "--img_size", "[64,0]"], "img_size (64, 0) is not a number of pixels"),
         (["M", "m.onnx", "--samples", "0"], "samples"),
         (["M", "pets/cat/000.png/m.onnx"], "Not a directory"),
         (["gone.safetensors", "m.onnx"], "gone.safetensors: no such file"),
         (["gone.pth", "m.onnx"], "gone.pth: no such file"),
         (["sret_tt", "m.onnx"], "unknown model 'sret_tt'"),
         (["pets", "m.onnx"], "pets: a folder, not a file"),
-        (["pets/cat/000.png", "m.onnx"], "pets/cat/000.png: not a safetensors file"),
+        (["pets/cat/000.png", "m.onnx"], "pets/cat/000.png: not a PyTorch checkpoint"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments, message, exports, tmp_path, monkeypatch, sret):  # noqa: F811
@@ -448,10 +448,10 @@ def test_an_xml_answers_with_its_own_weights_alone(exports, tmp_path):
 
 def test_a_published_name_is_fetched(tmp_path, monkeypatch):
     torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "SReT_T.pth")
-    monkeypatch.setattr("sret.checkpoints.convert.fetch", lambda url: tmp_path / "SReT_T.pth")
+    monkeypatch.setattr("sret.checkpoints.download.fetch", lambda url: tmp_path / "SReT_T.pth")
     seen = []
     monkeypatch.setattr(exporting, "export_model", lambda *arguments: seen.append(arguments))
-    export("sret_t.dist_in1k", tmp_path / "m.onnx", image_size=96)
+    export("sret_t.dist_in1k", tmp_path / "m.onnx", img_size=96)
     model, card, out, dtype, size, *_ = seen[0]
     assert (model.config, out, dtype, size) == (card.config, tmp_path / "m.onnx", "float32", 96)
     assert card.preprocessing.crop_pct == 0.875
@@ -460,7 +460,7 @@ def test_a_published_name_is_fetched(tmp_path, monkeypatch):
 def test_nothing_is_told_but_the_report(digits, tmp_path):
     """Least of all to others: OpenVINO reports every import, and keeps an identity for that in the home folder."""
     script = (
-        "import socket, sys; from sret import cli\n"
+        "import socket, sys; from sret.cli import main as cli\n"
         "def refuse(*_): raise SystemExit('a connection')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "sys.exit(cli.main(sys.argv[1:]))"

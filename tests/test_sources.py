@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from sret.data.dataset import ImageDataset
 from sret.data.preprocess import Encoded, Preprocessing
-from sret.data.sources import load_data, shards
+from sret.data.sources import load_data
+from sret.data.sources import webdataset as shards
 from sret.data.sources.huggingface import Columns
 from sret.errors import InputError, InputWarning
 

@@ -557,6 +557,6 @@ def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="accelerate was asked for FSDP, which this command does not use"):
         train(RECIPE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    for name, value in (("num_workers", -1), ("accumulation", 0), ("save_every", 0), ("max_corrupt", -1)):
+    for name, value in (("num_workers", -1), ("grad_accum_steps", 0), ("save_every", 0), ("max_corrupt", -1)):
         with pytest.raises(InputError, match=f"{name} is {value}"):
             Launch(**{name: value})

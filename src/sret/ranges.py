@@ -35,13 +35,19 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raises `InputError` naming the first field of a dataclass whose number is outside the range of its type."""
+    """Raises `InputError` naming the first field of a dataclass whose number is outside the range of its type.
+
+    Numbers become plain `int` and `float`.
+    """
     for name, hint in get_type_hints(type(config)).items():
         for number in (hint, *get_args(hint)):
             if hasattr(number, "_restrictions") and not (
                 type(None) in get_args(hint) and getattr(config, name) is None
             ):
-                check_number(f"{prefix}{name}", getattr(config, name), number)
+                value = getattr(config, name)
+                check_number(f"{prefix}{name}", value, number)
+                # The command line hands over instances of these types, which files of tensors and numbers cannot hold.
+                object.__setattr__(config, name, int(value) if isinstance(value, int) else float(value))
 
 
 def check_number(name: str, value: object, number: Any) -> None:

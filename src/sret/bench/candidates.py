@@ -35,7 +35,7 @@ class Settings:
 
     Attributes:
         batch_size: images at a time.
-        image_size: (height, width) in pixels; None is each model's own.
+        img_size: (height, width) in pixels; None is each model's own.
         dtypes, engines: every one with every other, and with every model, where that can be.
         is_training: time steps of training instead of answers.
         threads: of torch and of every engine; None is torch's choice.
@@ -45,7 +45,7 @@ class Settings:
     """
 
     batch_size: int = 8
-    image_size: tuple[int, int] | None = None
+    img_size: tuple[int, int] | None = None
     dtypes: tuple[str, ...] = ("float32",)
     engines: tuple[str, ...] = ("eager",)
     is_training: bool = False
@@ -113,12 +113,12 @@ def subject_of(name: str, source: Source, settings: Settings, device: torch.devi
         elif _is_file(source):
             model = load_weights(source)[0]
         else:
-            model, own = _from_timm(source, settings.image_size)
+            model, own = _from_timm(source, settings.img_size)
             _stir(model)
         if settings.is_training and not any(p.requires_grad for p in model.parameters()):
             raise InputError(f"{name} is exported or fused, so it cannot be trained")
         channels, height, width = own or _input_size(model)
-        size = settings.image_size or (height, width)
+        size = settings.img_size or (height, width)
         subject = Subject(model.to(device), torch.randn(settings.batch_size, channels, *size).to(device))
         try:
             with torch.no_grad():
@@ -126,7 +126,7 @@ def subject_of(name: str, source: Source, settings: Settings, device: torch.devi
         except Exception as error:  # a foreign model fails as it likes
             _refuse_memory(name, settings, error)
             at = f"{size[0]}x{size[1]} pixels, {channels} channels"
-            raise InputError(f"{name} cannot take {at}: {_brief(error)}; try another --image-size") from error
+            raise InputError(f"{name} cannot take {at}: {_brief(error)}; try another --img-size") from error
     if not isinstance(answer, Tensor) or answer.ndim != 2:
         raise InputError(f"{name} does not give one row of logits per image, so it cannot be compared")
     return subject
@@ -154,7 +154,7 @@ def _from_timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tupl
             raise InputError(f"{name}: options are written {variant}:name=value,name=value")
         options[key.strip()] = yaml.safe_load(value)
     if "img_size" in options and size is not None:
-        raise InputError(f"{name}: both img_size and --image-size are given; leave one out")
+        raise InputError(f"{name}: both img_size and --img-size are given; leave one out")
     model = _created(variant, options if size is None else {**options, "img_size": size}, name, size)
     channels, height, width = _input_size(model)
     if not isinstance(model, SReT):  # ours say it themselves

@@ -105,7 +105,7 @@ def export(
     source: str,
     out: Path,
     dtype: str = "float32",
-    image_size: int | tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     data: str | None = None,
     samples: int = 300,
     batch_size: int = 16,
@@ -113,7 +113,7 @@ def export(
     """`export_model` for what `resolve` takes: a weights file, ours or the authors', or a published name."""
     _check(out, dtype, data)
     model, card = resolve(source)
-    return export_model(model, card, out, dtype, image_size, data, samples, batch_size)
+    return export_model(model, card, out, dtype, img_size, data, samples, batch_size)
 
 
 def export_model(
@@ -121,7 +121,7 @@ def export_model(
     card: Card,
     out: Path,
     dtype: str = "float32",
-    image_size: int | tuple[int, int] | None = None,
+    img_size: int | tuple[int, int] | None = None,
     data: str | None = None,
     samples: int = 300,
     batch_size: int = 16,
@@ -132,7 +132,7 @@ def export_model(
         card: goes into the file, which is then enough to predict with.
         out: a new file: `.onnx` for ONNX Runtime, or `.xml` (with a `.bin` beside it) for OpenVINO.
         dtype: "float32"; "bfloat16", for OpenVINO; "int8", for which `data` is needed.
-        image_size: pixels, one number or (height, width): the only size that the file takes. By default the card's.
+        img_size: pixels, one number or (height, width): the only size that the file takes. By default the card's.
         data: images to compare on, as `load_data` takes them; without it random ones, which say nothing of accuracy.
         samples: at most so many of the held-out ones (test, or else val); int8 is calibrated on as many for training.
         batch_size: images at a time meanwhile; the file takes any number.
@@ -147,7 +147,7 @@ def export_model(
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     if sum(tensor.nbytes for tensor in model.state_dict().values()) > MOST_BYTES:
         raise InputError(f"{out}: weights of more than 2 GiB do not fit into an ONNX file; take a smaller model")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size or card.preprocessing.img_size
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size or card.preprocessing.img_size
     card = replace(
         card,
         config=replace(model.config, img_size=size),

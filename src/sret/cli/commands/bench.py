@@ -9,6 +9,7 @@ from sret.ranges import PositiveInt
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument(
         "models",
         type=str,
@@ -35,6 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from rich.console import Console
 
     from sret.bench.report import as_text, check_figure, draw
@@ -42,7 +44,7 @@ def run(arguments: Namespace) -> int:
 
     settings = Settings(
         batch_size=arguments.batch_size,
-        image_size=both_sides(arguments.img_size),
+        img_size=both_sides(arguments.img_size),
         dtypes=tuple(arguments.dtype.split(",")),
         engines=tuple(arguments.engines.split(",")),
         is_training=arguments.train,

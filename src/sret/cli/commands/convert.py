@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("source", type=str, metavar="IN", help="a file, or a published name such as sret_t.dist_in1k")
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="FILE.safetensors, or FILE.pth for the authors' format"
@@ -14,6 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from sret.checkpoints.convert import convert
 
     print(convert(arguments.source, arguments.target, arguments.variant))

@@ -11,6 +11,7 @@ from sret.ranges import NonNegativeInt, PositiveInt
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="weights of sret train or convert, or a file of sret export"
     )
@@ -31,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from sret.export.runtime import load_model
     from sret.inference.evaluate import evaluate_on
 

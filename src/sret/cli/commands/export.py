@@ -10,6 +10,7 @@ from sret.ranges import PositiveInt
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("model", type=str, metavar="MODEL", help="a weights file, or a name such as sret_t.dist_in1k")
     parser.add_argument("out", type=Path, metavar="OUT", help="FILE.onnx for ONNX Runtime, FILE.xml for OpenVINO")
     parser.add_argument(
@@ -22,9 +23,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from sret.export.export import export
 
     options = arguments.as_dict()
-    model, out, image_size = (options.pop(name) for name in ("model", "out", "img_size"))
-    print(export(model, out, image_size=image_size, **options))
+    model, out, img_size = (options.pop(name) for name in ("model", "out", "img_size"))
+    print(export(model, out, img_size=img_size, **options))
     return 0

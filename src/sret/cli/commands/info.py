@@ -6,11 +6,13 @@ from sret.cli.commands import ImageSize, both_sides
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("model", nargs="?", type=str | None, help="a variant such as sret_t, or a checkpoint")
     parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]")
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from rich.console import Console
 
     from sret.cli.tables import print_model, print_variants

@@ -10,6 +10,7 @@ from sret.training.distillation.config import Distillation
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("--data", type=str, required=True, help="as in sret train; its training images are labelled")
     parser.add_argument("--teacher", type=str, required=True, help="a weights file of sret, or a model of timm")
     parser.add_argument("--teacher_weights", type=Path | None, help="a file to use instead of timm's weights")
@@ -25,6 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from accelerate import PartialState
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -21,6 +21,7 @@ NESTED_OPTIONS = [
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("--config", action="config", help="a recipe in YAML; later options override its fields")
     # A plain mapping here, which TrainConfig checks: its words for what is wrong are better than a parser's.
     parser.add_argument(
@@ -38,6 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    """Runs the command; returns its exit code."""
     from sret.training.loop import train
 
     values = {field.name: arguments[field.name] for field in fields(TrainConfig)}
