@@ -16,7 +16,7 @@ import torch
 from conftest import small_config
 from torch import Tensor, nn
 
-from sret import InputError, SReT, model_cost
+from sret import InputError, SReT, fuse, model_cost
 from sret.bench import runner
 from sret.bench import timing as measure
 from sret.bench.candidates import TOLERANCE, subject_of
@@ -149,7 +149,7 @@ def test_counted_multiply_adds_equal_the_formula(config):
     image = torch.zeros(1, config.in_chans, *config.input_size)
     model = SReT(config).eval()
     assert count_macs(model, image) == model_cost(config).macs
-    assert count_macs(sret.fuse(model), image) == model_cost(config).macs
+    assert count_macs(fuse(model), image) == model_cost(config).macs
 
 
 def test_attention_of_other_models_is_counted_too():

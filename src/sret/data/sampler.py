@@ -1,4 +1,4 @@
-"""Which images a step sees, and with which dice: a function of (seed, step), whoever computes it.
+"""Which images a step sees, and with which random numbers: a function of (seed, step), whoever computes it.
 
 Letters: B images per step, P parts that a step is computed in (processes x micro-batches).
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants between two steps, with everything saved."""
+"""Handles SIGINT and SIGTERM: the loop stops after the current step and saves."""
 
 import os
 import signal
