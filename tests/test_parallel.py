@@ -29,6 +29,15 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """As many threads as both processes have together: gradients of the stem are then summed in as many parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, *map(str, arguments)]
