@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _two_threads():
     """As many threads as both processes have together: gradients of the stem are then summed in as many parts."""
     before = torch.get_num_threads()
