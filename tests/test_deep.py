@@ -26,6 +26,7 @@ def test_the_named_models_are_as_deep_and_as_small_as_promised(name, layers):
 
 
 @pytest.mark.parametrize("name", DEEP)
+@pytest.mark.slow
 def test_the_depth_in_a_name_is_the_number_of_passes_that_run(name):
     with torch.device("meta"):
         model, calls = SReT(config_of(name)), []
@@ -68,6 +69,7 @@ def test_a_budget_is_kept_and_used(layers, millions):
         assert cost.parameters + more > millions * 10**6
 
 
+@pytest.mark.slow
 def test_all_depths_of_one_width_have_the_same_blocks():
     shapes = []
     for layers in (20, 108):

@@ -85,6 +85,7 @@ def test_crops_vary_and_half_are_mirrored(labels):
     assert 0.45 < shard["flips"].float().mean() < 0.55
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels, teacher, tmp_path):
     expected = [(labels / name).read_bytes() for name in ("labels-00000.safetensors", "labels-00001.safetensors")]
     passing = write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS)
@@ -134,6 +135,7 @@ def test_labels_are_not_written_into_their_data(teacher, tmp_path):
         next(write_soft_labels(folder / "labels", str(folder), teacher, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_them_and_mixes_them(labels, tmp_path):
     recipe = replace(RECIPE, soft_labels=labels, augmentation=NONE, label_smoothing=0.0, mixup=0.8, cutmix=1.0)
     train(recipe, tmp_path / "run")
@@ -174,6 +176,7 @@ def test_images_that_cannot_be_read_are_skipped_in_both_passes(tmp_path):
     assert torch.equal(target, dataset[Draw(2, 0)][1])
 
 
+@pytest.mark.slow
 def test_labels_made_anew_at_the_same_place_are_the_new_ones(labels, teacher, tmp_path):
     """In one process: no file of the old ones is still open."""
     for seed in (3, 4):
@@ -186,6 +189,7 @@ def test_labels_made_anew_at_the_same_place_are_the_new_ones(labels, teacher, tm
     assert dataset.__getstate__()["files"] == {}
 
 
+@pytest.mark.slow
 def test_a_killed_first_write_does_not_bar_the_folder(teacher, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".manifest.json.tmp").write_text("{")

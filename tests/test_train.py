@@ -73,6 +73,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.parametrize("stops", [[3], [4], [1, 2, 5, 7]])
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(whole, tmp_path, stops):
     for stop in stops:
         train(RECIPE, tmp_path / "run", resume="auto", max_steps=stop)
@@ -92,6 +93,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_with_the_same_bits(whole, tmp_p
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_result(whole, tmp_path):
     train(RECIPE, tmp_path / "run", max_steps=STEPS, launch=Launch(num_workers=2))
     expected = weights(whole)
@@ -142,6 +144,7 @@ SHOWN_ELSEWHERE = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_counts(whole, tmp_path):
     """Three steps under another value of each setting end elsewhere, and under the same values in the same bits."""
     plain, again = after(3, tmp_path / "plain"), after(3, tmp_path / "again")
@@ -181,6 +184,7 @@ def test_no_field_of_a_recipe_is_without_effect():
     assert names == OTHER_VALUES.keys() | SHOWN_ELSEWHERE
 
 
+@pytest.mark.slow
 def test_the_rate_follows_the_schedule(tmp_path):
     recipe = replace(RECIPE, epochs=3, warmup_epochs=1, min_learning_rate=1e-4)
     seen = []
@@ -290,6 +294,7 @@ def spoil(monkeypatch, in_step: int) -> None:
 
 
 @pytest.mark.parametrize("in_step", [2, 4])  # within an epoch, and in its last step, before the evaluation
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_step):
     with monkeypatch.context() as patch:
         spoil(patch, in_step)
@@ -300,6 +305,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_s
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.slow
 def test_every_optimizer_resumes_to_the_same_bits(tmp_path, optimizer):
     recipe = replace(RECIPE, optimizer=optimizer, learning_rate=1e-3)
     train(recipe, tmp_path / "whole", max_steps=3)
@@ -361,6 +367,7 @@ def test_a_folder_of_photos_and_weights_to_start_from(tmp_path):
     torch.testing.assert_close(end, start, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_named_variant_takes_classes_and_channels_from_the_data(tmp_path):
     train(TrainConfig(model="sret_t", data="digits", batch_size=4, augmentation=NONE), tmp_path, max_steps=1)
     config = load_weights(tmp_path / LAST)[0].config
@@ -448,6 +455,7 @@ def test_frozen_parts_stay(tmp_path):
         train(replace(RECIPE, freeze=("stem", "pos_embed", "stages", "norm", "head")), tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_evaluated_kept_and_resumed(tmp_path):
     recipe = replace(RECIPE, ema_decay=0.9)
     train(recipe, tmp_path / "whole")
@@ -463,6 +471,7 @@ def test_the_moving_average_is_evaluated_kept_and_resumed(tmp_path):
     assert all(torch.equal(last[key], tensor) for key, tensor in weights(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     recipe = replace(RECIPE, epochs=9, learning_rate=1e-12, freeze=("stem",), patience=2)
     train(recipe, tmp_path / "run")
@@ -473,6 +482,7 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     assert (tmp_path / "run" / METRICS).read_text().splitlines() == rows
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
     folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 12})
     for split in ("train", "val"):
@@ -489,6 +499,7 @@ def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
     train(recipe, tmp_path / "strict", resume="auto", launch=Launch(max_corrupt=2))  # as the message advises
 
 
+@pytest.mark.slow
 def test_accumulation_computes_the_same_step(tmp_path):
     """With the stem's BatchNorm frozen, and without dropout, parts of a step add up to the step; mixing included."""
     plain = replace(MODEL, drop_rate=0.0, drop_path_rate=0.0)
@@ -500,6 +511,7 @@ def test_accumulation_computes_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["pass", "nested"])
+@pytest.mark.slow
 def test_recomputing_passes_changes_nothing_but_rounding(tmp_path, memory):
     """Without gradients a pass takes kernels that round otherwise in float32; test_memory.py has float64."""
     recipe = replace(RECIPE, optimizer="sgd", learning_rate=1e-2)
@@ -510,6 +522,7 @@ def test_recomputing_passes_changes_nothing_but_rounding(tmp_path, memory):
         torch.testing.assert_close(other[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_trackers_receive_the_metrics(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -525,6 +538,7 @@ def test_trackers_receive_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["none", "nested"])
+@pytest.mark.slow
 def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch, memory):
     compiled, compiler = [], torch.compile
 

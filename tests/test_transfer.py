@@ -49,6 +49,7 @@ def test_equal_depths_are_equal_models(dtype):
 
 
 @pytest.mark.parametrize("scale", ["one", "sqrt", "passes"])
+@pytest.mark.slow
 def test_finer_steps_follow_the_path_of_the_coarse_ones(scale):
     """The nearer, the finer; whatever the scale on which coefficients are learned."""
 
