@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Debian keeps this part of Python in a package of its own; root may install it, others are told how.
 INSTALL_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "$(notdir $(PYTHON))-venv"; }
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/ready
 	$(BIN)/sret train --config recipes/digits.yaml --out "$(RUN)" --resume auto $(DEMO_ARGS)
@@ -32,6 +32,11 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Pages in site/, the API reference among them.
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # `ready` is written last, so that an interrupted installation is started again.
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,4 +48,4 @@ lint: .venv/ready
 	@touch .venv/ready
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
