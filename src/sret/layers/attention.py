@@ -43,12 +43,26 @@ class SlicedAttention(nn.Module):
 
         Raises `InputError` if there are more slices than tokens.
         """
+        return self.between(self.qkv, self.proj, x, num_groups, permutation)
+
+    def between(
+        self,
+        qkv: Callable[[Tensor], Tensor],
+        proj: Callable[[Tensor], Tensor],
+        x: Tensor,
+        num_groups: int,
+        permutation: Permutation | None,
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C): attention between `qkv`, (B, N, C) -> (B, N, 3C), and `proj`, (B, N, C) -> same.
+
+        Callers that know the weights pass faster functions than the layers themselves.
+        """
         if permutation is not None:
             x = permutation.apply(x)
-        x = self.within_slices(self.qkv(x), num_groups)
+        x = self.within_slices(qkv(x), num_groups)
         if permutation is not None:
             x = permutation.undo(x)
-        return self.proj(x)
+        return proj(x)
 
     def within_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
         """(B, N, 3C) -> (B, N, C): tokens attend to those that lie beside them, in `num_groups` slices."""
@@ -85,21 +99,15 @@ class AttentionResidual(LearnableResidual):
         attn = self.branch
         if not self.is_known():
             return super().scaled_branch(x, num_groups, permutation)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        last = scaled(attn.proj, self.branch_factor())
         is_even = x.shape[1] % num_groups == 0
         if isinstance(permutation, StridedPermutation) and is_even and not torch.compiler.is_exporting():
-            y = strided_attention(
-                lambda *parameters: norm_linear(x, self.norm, *parameters),
-                attn.qkv.weight,
-                attn.qkv.bias,
-                attn.num_heads,
-                num_groups,
-            )
-        else:
-            y = x if permutation is None else permutation.apply(x)
-            y = attn.within_slices(norm_linear(y, self.norm, attn.qkv.weight, attn.qkv.bias), num_groups)
-            if permutation is not None:
-                y = permutation.undo(y)
-        return linear(y, *scaled(attn.proj, self.branch_factor()))
+            y = strided_attention(lambda *p: norm_linear(x, self.norm, *p), weight, bias, attn.num_heads, num_groups)
+            return linear(y, *last)
+        return attn.between(
+            lambda y: norm_linear(y, self.norm, weight, bias), lambda y: linear(y, *last), x, num_groups, permutation
+        )
 
     def is_known(self) -> bool:
         """Whether the branch is what it was made as, so that its weights say everything."""
