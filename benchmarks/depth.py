@@ -100,9 +100,10 @@ def thinned(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
 
 def digits(config: ModelConfig) -> tuple[Tensor, Tensor]:
     data = load_data("digits")
-    dataset = ImageDataset(data.split("train"), preprocessing_for(config, data))
+    preprocessing = preprocessing_for(config, data)
+    dataset = ImageDataset(data.split("train"), preprocessing)
     images, labels, _ = zip(*(dataset[i] for i in range(BATCH)), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    return preprocessing.normalize(torch.stack(images)), torch.tensor(labels)
 
 
 def start(options: argparse.Namespace) -> None:

@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     student_config = fitting_model(config, data)
     preprocessing = preprocessing_for(student_config, data)
     model, own = load_teacher(options.teacher, distillation.teacher_weights, data.class_names)
-    teacher = Teacher(model, own, preprocessing, 1.0).to(device)
+    teacher = Teacher(model, own, 3, 1.0).to(device)
     cropped = TrainDataset(data.split("train"), preprocessing, Augmentation())
     replayed = ReplayDataset(folder / "labels", data, preprocessing)
     check(replayed, teacher, own == preprocessing, device)
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         images = torch.stack([item[0] for item in items]).to(device)
         labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
         targets = teacher(images) if asks else soft_targets(labels, 2, 0.0)
-        criterion(student(images), targets).backward()
+        criterion(student(preprocessing.normalize(images)), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -182,7 +182,7 @@ def test_files_that_are_no_images_are_named(tmp_path):
 
 def test_pixels_undo_the_normalisation():
     x = torch.rand(2, 1, 4, 4)
-    torch.testing.assert_close(GREY.pixels((x - 0.5) / 0.5), x)
+    torch.testing.assert_close(GREY.normalize(x), (x - 0.5) / 0.5)
 
 
 def test_training_images_are_a_function_of_seed_and_draw():

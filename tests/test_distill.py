@@ -27,7 +27,7 @@ TEN = [str(digit) for digit in range(10)]
 def test_the_loss_is_the_authors(temperature):
     """Recorded from the authors' release."""
     golden = load_file(DATA / "soft_distillation.safetensors")
-    teacher = Teacher(nn.Identity(), RGB, RGB, temperature)
+    teacher = Teacher(nn.Identity(), RGB, 3, temperature)
     teacher.see = lambda x: x
     loss = SoftTargetCrossEntropy()(golden["student"] / temperature, teacher(golden["teacher"]))
     torch.testing.assert_close(loss, golden[f"loss_t{temperature}"].reshape(()))
@@ -50,21 +50,21 @@ def test_targets_of_labels_are_those_of_label_smoothing():
 def test_a_teacher_sees_with_its_own_size_channels_and_normalisation():
     """A grey image of one value, as the student has it, becomes that value for the teacher."""
     seen = []
-    teacher = Teacher(nn.Identity(), RGB, GREY, 1.0)
+    teacher = Teacher(nn.Identity(), RGB, 1, 1.0)
     teacher.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]) or output.mean((2, 3)))
-    teacher(torch.full((2, 1, 16, 16), (0.7 - 0.5) / 0.25))
+    teacher(torch.full((2, 1, 16, 16), 0.7))
     assert seen[0].shape == (2, 3, 24, 24)
-    torch.testing.assert_close(RGB.pixels(seen[0]), torch.full((2, 3, 24, 24), 0.7))
+    torch.testing.assert_close(seen[0], RGB.normalize(torch.full((2, 3, 24, 24), 0.7)))
 
 
 def test_a_grey_teacher_of_colours_is_refused():
     with pytest.raises(InputError, match="the teacher knows grey images only"):
-        Teacher(nn.Identity(), GREY, RGB, 1.0)
+        Teacher(nn.Identity(), GREY, 3, 1.0)
 
 
 def test_a_teacher_is_frozen_and_stays_in_evaluation_mode():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    teacher = Teacher(model, RGB, RGB, 1.0).train()
+    teacher = Teacher(model, RGB, 3, 1.0).train()
     assert not any(module.training for module in teacher.modules())
     answers = teacher(torch.randn(3, 3, 24, 24, requires_grad=True))
     assert not answers.requires_grad

@@ -19,9 +19,12 @@ def test_metrics_are_those_of_all_images_at_once():
         batches = [
             (x, y, [""] * len(y)) for x, y in zip(logits.split(batch_size), labels.split(batch_size), strict=True)
         ]
-        metrics = evaluate(model, batches, Accelerator(), Unreadable(0))
+        metrics, predictions = evaluate(model, batches, Accelerator(), Unreadable(0))
         ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # how many classes are likelier
         assert metrics.count == 37
+        assert torch.equal(predictions.labels, labels)
+        assert torch.equal(predictions.classes, logits.argmax(1))
+        torch.testing.assert_close(predictions.confidences, logits.softmax(1).amax(1))
         assert abs(metrics.top1 - 100 * (ranks == 0).double().mean().item()) < 1e-9
         assert abs(metrics.top5 - 100 * (ranks < 5).double().mean().item()) < 1e-9
         assert metrics.top1 < metrics.top5 < 100
@@ -42,8 +45,9 @@ def test_images_that_cannot_be_read_do_not_count():
     errors = ["", "", "c: bad", "", "e: bad", ""]
     read = labels != UNREADABLE
     with pytest.warns(UserWarning, match="c: bad; skipped"):
-        metrics = evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(2))
-    assert metrics == evaluate(nn.Identity(), [(logits[read], labels[read], [""])], Accelerator(), Unreadable(0))
+        metrics, predictions = evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(2))
+    assert torch.equal(predictions.labels, labels)
+    assert metrics == evaluate(nn.Identity(), [(logits[read], labels[read], [""])], Accelerator(), Unreadable(0))[0]
     with pytest.raises(InputError, match="more images than max_corrupt 1"):
         evaluate(nn.Identity(), [(logits, labels, errors)], Accelerator(), Unreadable(1))
     with pytest.raises(InputError, match="none of the images"):

@@ -56,7 +56,7 @@ def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed,
     """The online teacher, asked about what the student is shown, answers what was stored: exactly the crop."""
     from sret.checkpoints.card import load_weights
 
-    online = Teacher(load_weights(teacher.teacher)[0], GREY, GREY, teacher.temperature)
+    online = Teacher(load_weights(teacher.teacher)[0], GREY, 1, teacher.temperature)
     for index in (0, 7, 1000, 1221):  # of both shards
         for epoch in range(2):
             image, target, errors = replayed[Draw(index, epoch)]

@@ -6,6 +6,7 @@ arXiv:1905.04899; as DeiT (arXiv:2012.12877) and so the SReT authors use them.
 
 import torch
 from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
@@ -16,7 +17,7 @@ from sret.errors import InputError
 
 
 def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> transforms.Compose:
-    """PIL image -> (channels, height, width) float32; draws from Python's, NumPy's and torch's generators.
+    """PIL image -> (channels, height, width) float32 in 0..1; draws from Python's, NumPy's and torch's generators.
 
     Raises `InputError` for a colour policy on grey images.
     """
@@ -39,6 +40,12 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         re_mode="pixel",
     )
     crop, *rest = transform.transforms
+    # Normalisation is done for whole batches on their device; what timm erases is normalised noise.
+    rest = [
+        PixelNoise(step, preprocessing) if isinstance(step, RandomErasing) else step
+        for step in rest
+        if not isinstance(step, transforms.Normalize)
+    ]
     resize_and_centre = preprocessing.transform().transforms[:2]
     height, width = preprocessing.img_size
     geometry = {
@@ -56,6 +63,19 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         "none": resize_and_centre,
     }[augmentation.geometry]
     return transforms.Compose([*geometry, *rest])
+
+
+class PixelNoise:
+    """timm's random erasing for an image in 0..1: its noise has the mean and the standard deviation of the data."""
+
+    def __init__(self, erasing: RandomErasing, preprocessing: Preprocessing) -> None:
+        self.erasing = erasing
+        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(C, H, W) -> (C, H, W)."""
+        noise = self.erasing(torch.full_like(image, torch.nan))  # NaN where nothing is erased
+        return torch.where(noise.isnan(), image, noise * self.std + self.mean)
 
 
 def mix(images: Tensor, targets: Tensor, mixup: float, cutmix: float, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:

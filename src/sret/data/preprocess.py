@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms
 
 from sret.errors import InputError
@@ -30,7 +29,7 @@ ImageSource = Path | Encoded | Image.Image
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize, centre crop, scale to 0..1, normalise.
+    """Resize, centre crop, scale to 0..1; then normalise, for a whole batch on its device.
 
     Attributes:
         img_size: (height, width) in pixels after the crop.
@@ -76,19 +75,35 @@ class Preprocessing:
         return source.convert(mode)
 
     def transform(self) -> transforms.Compose:
-        """PIL image -> (channels, height, width) float32, without chance; `sret.data.augment` is for training."""
-        return create_transform(
+        """PIL image -> (channels, height, width) float32 in 0..1; not random: `sret.data.augment` is for training."""
+        *steps, _ = create_transform(
             (len(self.mean), *self.img_size),
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
-        )
+        ).transforms  # the last one normalises, which is done for whole batches on their device
+        return transforms.Compose(steps)
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) as the model takes it -> the same in 0..1, for showing."""
-        mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (x * std + mean).clamp(0, 1)
+    def normalize(self, images: Tensor) -> Tensor:
+        """(..., C, H, W) in 0..1 -> the same with the mean subtracted and divided by the standard deviation.
+
+        The first step of a model, on its device.
+        """
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+class Normalized(nn.Module):
+    """A model of normalised images as one of images in 0..1."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.preprocessing, self.training = model, preprocessing, model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in 0..1 -> what the model makes of them."""
+        return self.model(self.preprocessing.normalize(images))
 
 
 def header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:

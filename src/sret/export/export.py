@@ -389,7 +389,10 @@ def _batches(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[Bat
             return
         items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
         unreadable.note(problem for _, _, problem in items)
-        yield torch.stack([image for image, _, _ in items]), [label for _, label, _ in items]
+        yield (
+            card.preprocessing.normalize(torch.stack([image for image, _, _ in items])),
+            [label for _, label, _ in items],
+        )
         start += size
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from sret.checkpoints.card import Card
 from sret.data.dataset import UNREADABLE, ImageDataset, Unreadable
+from sret.data.preprocess import Normalized
 from sret.data.sources import load_data
 from sret.errors import InputError, describe_changes, first_few
 
@@ -35,6 +36,21 @@ class Metrics:
     count: int
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted for each image, in the order of the data, on the CPU.
+
+    Attributes:
+        labels: (N,) int64, `UNREADABLE` for an image that could not be read.
+        classes: (N,) int64, the likeliest class.
+        confidences: (N,) float32, its probability.
+    """
+
+    labels: Tensor
+    classes: Tensor
+    confidences: Tensor
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -42,10 +58,11 @@ def evaluate(
     accelerator: Accelerator,
     unreadable: Unreadable,
     stop: StopSignal | None = None,
-) -> Metrics | None:
-    """Metrics, in the precision of the weights, over prepared batches of an `ImageDataset`; the model keeps its mode.
+) -> tuple[Metrics, Predictions] | None:
+    """Metrics and predictions, in the precision of the weights, over batches of an `ImageDataset`.
 
-    Images that cannot be read do not count. None if a process was told to stop meanwhile.
+    The model takes images in 0..1 (`Normalized`) and keeps its mode. Images that cannot be read do not count. None if
+    a process was asked to stop meanwhile.
 
     Raises `InputError` if too many images cannot be read, or none can.
     """
@@ -53,10 +70,13 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
     errors: list[str] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # labels, classes, confidences
     is_stopped = False
     for images, labels, problems in batches:
         errors += [problem for problem in problems if problem]
         logits, labels = accelerator.gather_for_metrics((model(images).float(), labels))
+        confidences, classes = logits.softmax(dim=1).max(dim=1)
+        parts.append((labels.cpu(), classes.cpu(), confidences.cpu()))
         logits, labels = logits[labels != UNREADABLE], labels[labels != UNREADABLE]
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = cross_entropy(logits, labels, reduction="sum")
@@ -74,7 +94,8 @@ def evaluate(
     top1, top5, loss, count = sums.tolist()
     if not count:
         raise InputError("none of the images to evaluate on can be read")
-    return Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=int(count))
+    metrics = Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=int(count))
+    return metrics, Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def evaluate_on(
@@ -123,9 +144,9 @@ def evaluate_on(
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
     loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)
     net, loader = model.to(accelerator.device), accelerator.prepare(loader)
-    metrics = evaluate(net, loader, accelerator, Unreadable(max_corrupt))
-    assert metrics is not None  # nobody can stop it
-    return metrics, data.name, split
+    result = evaluate(Normalized(net, card.preprocessing), loader, accelerator, Unreadable(max_corrupt))
+    assert result is not None  # nothing can stop it
+    return result[0], data.name, split
 
 
 def _is_same(name: str, trained_on: str | None) -> bool:

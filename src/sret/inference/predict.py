@@ -34,7 +34,7 @@ def predict(model: SReT | Exported, card: Card, paths: Sequence[Path], top_k: in
         except InputError as error:
             yield Prediction(path, error=str(error))
             continue
-        probabilities = model(x.to(device)).float().softmax(dim=1)[0]
+        probabilities = model(card.preprocessing.normalize(x.to(device))).float().softmax(dim=1)[0]
         top = probabilities.topk(min(top_k, len(probabilities)))
         names = [card.name_of(label) for label in top.indices.tolist()]
         yield Prediction(path, tuple(zip(names, top.values.tolist(), strict=True)))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sret.data.augment import mix
 from sret.data.dataset import Unreadable
+from sret.data.preprocess import Normalized
 from sret.errors import InputError, is_out_of_memory
 from sret.inference.evaluate import evaluate
 from sret.models.config import ModelConfig
@@ -172,7 +173,7 @@ def forward_backward(setup: Setup, step: int, part: int, loaded: Iterator[Any]) 
     with parallel.gradients_shared(setup.net, is_last=part == parts - 1):
         with accelerator.autocast():
             targets = targets if setup.teacher is None else setup.teacher(images)
-            logits = setup.net(images).float()
+            logits = setup.net(setup.preprocessing.normalize(images)).float()
         loss = setup.criterion(logits / setup.temperature, targets)
         accelerator.backward(loss / parts)
     return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean(), errors
@@ -185,18 +186,23 @@ def validate(setup: Setup, state: TrainingState, monitor: Monitor, progress: rep
     first when the run is resumed.
     """
     evaluated = {"val": setup.model} if setup.ema is None else {"val": setup.model, "ema": setup.ema.module}
-    metrics = {
-        name: evaluate(model, setup.val_loader, setup.accelerator, state.unreadable, monitor.stop)
+    results = {
+        name: evaluate(
+            Normalized(model, setup.preprocessing), setup.val_loader, setup.accelerator, state.unreadable, monitor.stop
+        )
         for name, model in evaluated.items()
     }
-    complete = {name: measured for name, measured in metrics.items() if measured is not None}
-    if len(complete) < len(metrics):  # told to stop
+    complete = {name: result for name, result in results.items() if result is not None}
+    if len(complete) < len(results):  # asked to stop
         signal = monitor.agreed_signal()
         state.save(setup, setup.out)
         return signal
     rate, batch_size = rate_of(setup.optimizer), setup.config.batch_size
-    state.rows.append(report.row(state.step, setup.epoch_steps, batch_size, rate, state.sums, complete))
+    metrics = {name: measured for name, (measured, _) in complete.items()}
+    state.rows.append(report.row(state.step, setup.epoch_steps, batch_size, rate, state.sums, metrics))
     state.best = max((row for row in (state.best, state.rows[-1]) if row), key=report.merit)
+    if state.best is state.rows[-1]:
+        _, state.best_predictions = complete["val" if setup.ema is None else "ema"]
     progress.epoch(state.rows[-1], state.best)
     state.save(setup, setup.out)
     return monitor.agreed_signal()
@@ -219,7 +225,8 @@ def finish(setup: Setup, state: TrainingState, signal: Signals | None) -> Path:
         console.print(text, soft_wrap=True)
         return out / run.LAST
     if setup.accelerator.is_main_process:  # nobody waits for it
-        report.draw(out, state.rows, setup.data, setup.accelerator.device, setup.launch.num_workers)
+        assert state.best_predictions is not None
+        report.draw(out, state.rows, setup.data, setup.preprocessing, state.best_predictions)
     console.print(
         f"Best validation accuracy {report.merit(state.best)[0]:.2f} % ({len(setup.data.split('val'))} images, epoch "
         f"{state.best['epoch']}); weights in {out / run.BEST}",

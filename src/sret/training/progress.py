@@ -11,16 +11,15 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch.utils.data import DataLoader
 
-from sret.checkpoints.card import load_weights
 from sret.data.dataset import UNREADABLE, ImageData, ImageDataset
-from sret.inference.evaluate import Metrics
+from sret.data.preprocess import Preprocessing
+from sret.inference.evaluate import Metrics, Predictions
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
 from sret.training.metrics import Look
 from sret.training.report import Mistake, report_page
-from sret.training.run_dir import BEST, REPORT
+from sret.training.run_dir import REPORT
 
 SHOWN = 24  # images on the page
 MIB = 1 << 20
@@ -113,33 +112,30 @@ def memory_in_use(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-@torch.no_grad()
-def draw(out: Path, rows: list[dict[str, Any]], data: ImageData, device: torch.device, num_workers: int) -> None:
-    """One page: curves, accuracy per class, confusions, and the worst mistakes of the best weights, as images."""
-    model, card = load_weights(out / BEST)
-    model = model.to(device)
-    dataset = ImageDataset(data.split("val"), card.preprocessing)
-    outputs, labels = [], []
-    for images, batch_labels, _ in DataLoader(dataset, batch_size=64, num_workers=num_workers):
-        outputs.append(model(images.to(device)).softmax(dim=1).cpu())
-        labels.append(batch_labels)
-    probabilities, truth = torch.cat(outputs), torch.cat(labels)
-    readable = (truth != UNREADABLE).nonzero()[:, 0]
-    probabilities, truth = probabilities[readable], truth[readable]
-    confidence, predicted = probabilities.max(dim=1)
-    is_right = predicted == truth
-    # The surest mistakes first; where there are few, the least certain right answers follow.
-    worst = torch.where(is_right, 1 + confidence, 1 - confidence).argsort()[:SHOWN].tolist()
-    confusion = torch.zeros(len(data.class_names), len(data.class_names), dtype=torch.int64)
+def draw(
+    out: Path, rows: list[dict[str, Any]], data: ImageData, preprocessing: Preprocessing, predictions: Predictions
+) -> None:
+    """Draws the report: curves, accuracy per class, confusions, and the worst mistakes of the best weights, as images.
+
+    Args:
+        predictions: of the best epoch, on the validation images in their order.
+    """
+    dataset = ImageDataset(data.split("val"), preprocessing)
+    readable = (predictions.labels != UNREADABLE).nonzero()[:, 0]
+    truth, predicted = predictions.labels[readable], predictions.classes[readable]
+    confidence = predictions.confidences[readable]
+    # The surest mistakes first; where there are few, the least certain right predictions follow.
+    worst = torch.where(predicted == truth, 1 + confidence, 1 - confidence).argsort()[:SHOWN].tolist()
+    names = data.class_names
+    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
     confusion.index_put_((truth, predicted), torch.ones_like(truth), accumulate=True)
     mistakes = [
         Mistake(
-            pixels=card.preprocessing.pixels(dataset[int(readable[i])][0]).permute(1, 2, 0).numpy(),
-            truth=card.name_of(int(truth[i])),
-            answer=card.name_of(int(predicted[i])),
+            pixels=dataset[int(readable[i])][0].permute(1, 2, 0).numpy(),
+            truth=names[int(truth[i])],
+            answer=names[int(predicted[i])],
             confidence=float(confidence[i]),
         )
         for i in worst
     ]
-    names = [card.name_of(label) for label in range(len(data.class_names))]
     report_page(out / REPORT, data.name, rows, max(rows, key=merit), names, confusion.numpy(), mistakes)

@@ -16,7 +16,7 @@ BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt",
 REPORT = "report.png"
 CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
 STATE_KEYS = {
-    *("config", "sources", "step", "total_steps", "sums", "rows", "best", "unreadable"),
+    *("config", "sources", "step", "total_steps", "sums", "rows", "best", "best_predictions", "unreadable"),
     *("model", "ema", "optimizer", "scaler"),
 }
 

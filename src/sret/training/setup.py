@@ -51,12 +51,10 @@ def training_set(config: TrainConfig, data: ImageData, preprocessing: Preprocess
     return TrainDataset(data.split("train"), preprocessing, config.augmentation, config.seed, max_corrupt)
 
 
-def make_teacher(
-    config: TrainConfig, data: ImageData, preprocessing: Preprocessing, device: torch.device
-) -> Teacher | None:
-    """The recipe's teacher for images so prepared, on a device; None if it has none."""
+def make_teacher(config: TrainConfig, data: ImageData, device: torch.device) -> Teacher | None:
+    """The recipe's teacher for the images of the data, on a device; None if it has none."""
     if config.distillation is None:
         return None
     wanted = config.distillation
     model, own = load_teacher(wanted.teacher, wanted.teacher_weights, data.class_names)
-    return Teacher(model, own, preprocessing, wanted.temperature).to(device)
+    return Teacher(model, own, data.in_chans, wanted.temperature).to(device)

@@ -23,6 +23,7 @@ from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches
 from sret.data.sources import load_data
 from sret.errors import InputError, InputWarning, first_few
+from sret.inference.evaluate import Predictions
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
 from sret.training import distributed as parallel
@@ -117,7 +118,7 @@ def prepare(
     train_loader, val_loader = make_loaders(train_set, val_set, batches, launch, accelerator)
     model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
     ema = make_ema(model, config.ema_decay, launch.fsdp) if config.ema_decay is not None else None
-    teacher = make_teacher(config, data, preprocessing, accelerator.device)
+    teacher = make_teacher(config, data, accelerator.device)
     report.describe(console, model, data)
     if launch.fsdp:
         for part in [model, ema.module] if ema else [model]:
@@ -229,6 +230,7 @@ class TrainingState:
         sums: of loss, share of right predictions and seconds, over the steps of the epoch.
         rows: the metrics of each evaluated epoch.
         best: the row of the best epoch; None before the first evaluation.
+        best_predictions: those of the best epoch on the validation images, for the report.
     """
 
     unreadable: Unreadable
@@ -236,6 +238,7 @@ class TrainingState:
     sums: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "accuracy": 0.0, "seconds": 0.0})
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    best_predictions: Predictions | None = None
 
     def add(self, look: Look) -> None:
         """Adds the steps since the last look to the sums of the epoch."""
@@ -252,6 +255,8 @@ class TrainingState:
         if setup.accelerator.scaler is not None:
             setup.accelerator.scaler.load_state_dict(found["scaler"])
         self.step, self.sums, self.rows, self.best = found["step"], found["sums"], found["rows"], found["best"]
+        if found["best_predictions"] is not None:
+            self.best_predictions = Predictions(**found["best_predictions"])
         self.unreadable.seen |= set(found["unreadable"])
         setup.console.print(f"Resuming {setup.out} at step {self.step} of {setup.total_steps}", soft_wrap=True)
 
@@ -293,6 +298,7 @@ class TrainingState:
             "sums": self.sums,
             "rows": self.rows,
             "best": self.best,
+            "best_predictions": vars(self.best_predictions) if self.best_predictions else None,
             "unreadable": sorted(self.unreadable.seen),
         }
 

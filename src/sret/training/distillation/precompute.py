@@ -122,7 +122,7 @@ def write_soft_labels(
             loader = DataLoader(dataset, max(1, batch_size // crops), sampler=indices, num_workers=num_workers)
             for images, boxes, flips, errors in loader:
                 unreadable.note(errors)
-                images = images.flatten(0, 1).to(accelerator.device)
+                images = preprocessing.normalize(images.flatten(0, 1).to(accelerator.device))
                 top = answer(model, images, distillation.temperature).topk(top_k)
                 for name, tensor in {"classes": top.indices.int(), "probabilities": top.values.half()}.items():
                     parts[name].append(tensor.cpu().unflatten(0, (-1, crops)))

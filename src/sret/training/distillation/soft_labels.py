@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import hflip, normalize, resized_crop, to_tensor
+from torchvision.transforms.functional import hflip, resized_crop, to_tensor
 
 from sret.data.dataset import ImageData, TrainDataset, blank_image
 from sret.data.preprocess import Preprocessing
@@ -100,12 +100,11 @@ def is_whole(path: Path) -> bool:
 
 
 def cut(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Preprocessing) -> Tensor:
-    """A crop of a PIL image, resized and normalised: (C, H, W)."""
+    """A crop of a PIL image, resized: (C, H, W) in 0..1."""
     top, left, height, width = crop
     mode = InterpolationMode(preprocessing.interpolation)
     image = resized_crop(image, top, left, height, width, list(preprocessing.img_size), mode)
-    tensor = to_tensor(hflip(image) if is_mirrored else image)
-    return normalize(tensor, list(preprocessing.mean), list(preprocessing.std))
+    return to_tensor(hflip(image) if is_mirrored else image)
 
 
 class ReplayDataset(TrainDataset):

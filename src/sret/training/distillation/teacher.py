@@ -37,42 +37,34 @@ class Teacher(nn.Module):
 
     Args:
         model: any classifier; preprocessing: the resolution and normalisation that it was trained with.
-        student: how the images that it will be shown were prepared.
+        in_chans: channels of the images that it will be shown.
         temperature: T.
 
     Raises `InputError` for a grey teacher of colour images.
     """
 
-    def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, student: Preprocessing, temperature: float
-    ) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, in_chans: int, temperature: float) -> None:
         super().__init__()
-        if len(preprocessing.mean) == 1 < len(student.mean):
+        if len(preprocessing.mean) == 1 < in_chans:
             raise InputError("the teacher knows grey images only, and these are in colour")
         self.model = model.requires_grad_(False).eval()
-        self.preprocessing, self.student, self.temperature = preprocessing, student, temperature
+        self.preprocessing, self.temperature = preprocessing, temperature
 
     def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) as the student takes them -> (B, K) probabilities."""
+        """(B, C, H, W) in 0..1 -> (B, K) probabilities."""
         return answer(self.model, self.see(images), self.temperature)
 
     def see(self, images: Tensor) -> Tensor:
-        """The student's images with the teacher's channels, size and normalisation."""
-        theirs, own = (_affine(p, images) for p in (self.student, self.preprocessing))
-        x = images * theirs[1] + theirs[0]
+        """Images in 0..1 with the teacher's channels, size and normalisation."""
         if len(self.preprocessing.mean) == 3:
-            x = x.expand(-1, 3, -1, -1)
-        if tuple(x.shape[-2:]) != tuple(self.preprocessing.img_size):
-            x = interpolate(x, self.preprocessing.img_size, mode="bicubic", antialias=True)
-        return (x - own[0]) / own[1]
-
-
-def _affine(preprocessing: Preprocessing, like: Tensor) -> list[Tensor]:
-    return [like.new_tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)]
+            images = images.expand(-1, 3, -1, -1)
+        if tuple(images.shape[-2:]) != tuple(self.preprocessing.img_size):
+            images = interpolate(images, self.preprocessing.img_size, mode="bicubic", antialias=True)
+        return self.preprocessing.normalize(images)
 
 
 def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) -> tuple[nn.Module, Preprocessing]:
