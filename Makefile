@@ -11,13 +11,13 @@ INSTALL_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y
 demo: .venv/ready
 	$(BIN)/sret train --config recipes/digits.yaml --out "$(RUN)" --resume auto $(DEMO_ARGS)
 	@echo
-	@echo "Accuracy on the test pictures, which neither training nor the choice of weights has seen:"
+	@echo "Accuracy on the test images, which were used neither for training nor to select the weights:"
 	$(BIN)/sret eval --checkpoint "$(RUN)/best.safetensors"
 	@echo
-	@echo "Some of them, one by one (the file's name says what was written):"
+	@echo "Predictions for some images (the file name is the digit):"
 	$(BIN)/sret predict examples/digits/*.png --checkpoint "$(RUN)/best.safetensors"
 	@echo
-	@echo "Left in $(RUN):" && ls "$(RUN)"
+	@echo "Files in $(RUN):" && ls "$(RUN)"
 
 # The fast suite; test-all also runs what is marked slow. One thread a process, since the processes share the cores.
 test: .venv/ready lint

@@ -26,9 +26,10 @@ from torch.nn.functional import cross_entropy
 
 from sret import ModelConfig, SReT
 from sret.checkpoints.adapt import transfer
-from sret.checkpoints.card import load_state, load_weights
+from sret.checkpoints.card import load_weights
+from sret.checkpoints.state import load_state
 from sret.data.config import Augmentation
-from sret.data.dataset import ImageDataset
+from sret.data.loading import ImageDataset
 from sret.data.sources import load_data
 from sret.inference.evaluate import evaluate_on
 from sret.layers import Block
@@ -37,7 +38,6 @@ from sret.models.variants import config_of
 from sret.training.config import TrainConfig
 from sret.training.loop import train
 from sret.training.run_dir import BEST, METRICS, STATE
-from sret.training.setup import preprocessing_for
 from sret.version import versions
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits_deep.yaml"
@@ -100,7 +100,7 @@ def thinned(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
 
 def digits(config: ModelConfig) -> tuple[Tensor, Tensor]:
     data = load_data("digits")
-    preprocessing = preprocessing_for(config, data)
+    preprocessing = data.preprocessing(config.input_size)
     dataset = ImageDataset(data.split("train"), preprocessing)
     images, labels, _ = zip(*(dataset[i] for i in range(BATCH)), strict=True)
     return preprocessing.normalize(torch.stack(images)), torch.tensor(labels)
@@ -148,7 +148,7 @@ def trained(options: argparse.Namespace) -> None:
         coefficients.append(spreads(load_state(out / STATE)["model"]))
     rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     model, card = load_weights(out / BEST)
-    tested = evaluate_on(model, card)[0]
+    tested = evaluate_on(model, card).metrics
     line = {
         "kind": "train",
         "layers": config.depth,
@@ -177,7 +177,7 @@ def transferred(options: argparse.Namespace) -> None:
     for target in targets:
         other = SReT(target)
         report = transfer(other, model.state_dict(), config)
-        tested = evaluate_on(other.eval(), replace(card, config=other.config))[0]
+        tested = evaluate_on(other.eval(), replace(card, config=other.config)).metrics
         print(f"{config.depth} layers now {other.config.depth}: {tested.top1:.2f} % ({'; '.join(report)})", flush=True)
         line = {
             "kind": "transfer",

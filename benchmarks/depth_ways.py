@@ -139,7 +139,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 raise
             return {**line, "lost": str(error), **versions()}
         model, card = load_weights(out / BEST)
-        tested = evaluate_on(model, card)[0]
+        tested = evaluate_on(model, card).metrics
     rows = [json.loads(row) for row in (out / METRICS).read_text().splitlines()]
     kept = ("epoch", "train_loss", "val_loss", "val_top1")
     line["rows"] = [{key: round(row[key], 4) for key in kept} for row in rows]

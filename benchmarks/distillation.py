@@ -25,16 +25,16 @@ from timm.loss import SoftTargetCrossEntropy
 
 from sret import SReT
 from sret.data.config import Augmentation
-from sret.data.dataset import TrainDataset
-from sret.data.sampler import Draw
+from sret.data.image_files import image_suffixes
+from sret.data.loading import TrainDataset
+from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
-from sret.data.sources.folder import IMAGE_SUFFIXES
 from sret.training.config import TrainConfig
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
-from sret.training.distillation.soft_labels import MANIFEST, ReplayDataset
+from sret.training.distillation.soft_labels import MANIFEST, SoftLabelDataset
 from sret.training.distillation.teacher import Teacher, load_teacher, soft_targets
-from sret.training.setup import fitting_model, preprocessing_for
+from sret.training.setup import fitting_model
 from sret.version import versions
 
 CROPS = 2
@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
     device = torch.device(options.device)
-    files = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in image_suffixes())
     for k, path in enumerate(files[: 4 * options.batch_size]):  # two classes, so that it is a data set
         (folder / "data" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
         (folder / "data" / "ab"[k % 2] / f"{k}{path.suffix}").symlink_to(path.resolve())
@@ -72,11 +72,11 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
     config = TrainConfig(model=options.student, data=name, batch_size=options.batch_size)
     student_config = fitting_model(config, data)
-    preprocessing = preprocessing_for(student_config, data)
+    preprocessing = data.preprocessing(student_config.input_size)
     model, own = load_teacher(options.teacher, distillation.teacher_weights, data.class_names)
     teacher = Teacher(model, own, 3, 1.0).to(device)
     cropped = TrainDataset(data.split("train"), preprocessing, Augmentation())
-    replayed = ReplayDataset(folder / "labels", data, preprocessing)
+    replayed = SoftLabelDataset(folder / "labels", data, preprocessing)
     check(replayed, teacher, own == preprocessing, device)
 
     student = SReT(student_config).to(device).train()
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     criterion = SoftTargetCrossEntropy()
 
     def step(dataset: TrainDataset, asks: bool) -> None:
-        items = [dataset[Draw(i % num_images, 0)] for i in range(options.batch_size)]
+        items = [dataset[SampleIndex(i % num_images, 0)] for i in range(options.batch_size)]
         images = torch.stack([item[0] for item in items]).to(device)
         labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
         targets = teacher(images) if asks else soft_targets(labels, 2, 0.0)
@@ -128,10 +128,10 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     print(json.dumps({"benchmark": "distillation", **about, **machine, "step": rows, "crop": per_crop}))
 
 
-def check(replayed: ReplayDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
+def check(replayed: SoftLabelDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
     """Stored answers are the teacher's of the replayed images; at another size or normalisation, nearly."""
     for i in range(3):
-        image, target, _ = replayed[Draw(i, 0)]
+        image, target, _ = replayed[SampleIndex(i, 0)]
         answer = teacher(image[None].to(device))[0].cpu()
         torch.testing.assert_close(answer, target, atol=2e-3 if is_same_view else 0.1, rtol=0)
 

@@ -1,5 +1,6 @@
 """Small models and settings shared by the tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,13 @@ def model(config: ModelConfig) -> SReT:
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def quick_report() -> Iterator[None]:
+    """Runs end with an empty file for a report: drawing one takes as long as the training. test_report.py draws it."""
+    from sret.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_png", lambda path, *_: path.write_bytes(b""))
+        yield

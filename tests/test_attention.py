@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret import InputError
+from sret.kernels import attention as kernels
 from sret.kernels.slices import slice_lengths
 from sret.layers import IndexPermutation, SlicedAttention, StridedPermutation
 
@@ -76,3 +77,49 @@ def test_slices_that_cannot_be_are_refused(num_groups):
 def test_heads_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="24 channels cannot form 5 equal heads"):
         SlicedAttention(24, 5)
+
+
+# which kernel
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The implementations of attention that were taken, in order."""
+    names = []
+    for name in ("scaled_dot_product_attention", "formula"):
+        function = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, function=function: names.append(name) or function(*a))
+    apply = kernels._MatrixProductBackward.apply
+    monkeypatch.setattr(kernels._MatrixProductBackward, "apply", lambda *a: names.append("products") or apply(*a))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "expected"),
+    [
+        (torch.float32, "qkv", "scaled_dot_product_attention"),
+        (torch.float64, "qkv", "scaled_dot_product_attention"),
+        (torch.bfloat16, "", "scaled_dot_product_attention"),
+        (torch.bfloat16, "q", "products"),
+        (torch.bfloat16, "k", "products"),
+        (torch.bfloat16, "v", "products"),
+        (torch.float16, "qkv", "products"),
+    ],
+)
+def test_half_precision_that_is_trained_on_a_cpu_takes_the_backward_in_products(dtype, trained, expected, chosen):
+    tensors = [torch.randn(2, 2, 5, 4, dtype=dtype).requires_grad_(name in trained) for name in "qkv"]
+    kernels.attend(*tensors)
+    assert chosen[0] == expected
+    chosen.clear()
+    with torch.no_grad():
+        kernels.attend(*tensors)
+    assert chosen == ["scaled_dot_product_attention"]
+
+
+def test_what_traces_half_precision_sees_the_formula(chosen, monkeypatch):
+    q = torch.randn(2, 2, 5, 4, dtype=torch.bfloat16)
+    torch.func.grad(lambda q: kernels.attend(q, q, q).sum())(q)
+    assert chosen == ["formula"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    kernels.attend(*[q.requires_grad_()] * 3)
+    assert chosen == ["formula"] * 2

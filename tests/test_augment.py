@@ -1,14 +1,22 @@
 """Augmentation by its properties; mixing against its formula."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 
 from sret import InputError
 from sret.data.augment import mix, train_transform
 from sret.data.config import Augmentation
+from sret.data.dataset import Samples
+from sret.data.loading import TrainDataset
+from sret.data.policy import SECTIONS, operations
 from sret.data.preprocess import Preprocessing
+from sret.data.sampler import SampleIndex
 
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
 RGB = Preprocessing(img_size=(32, 24), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
@@ -38,7 +46,6 @@ def test_without_chance_training_sees_what_evaluation_sees(noise):
         {"geometry": "pad"},
         {"geometry": "affine"},
         {"auto_augment": "rand-m9-mstd0.5-inc1"},
-        {"color_jitter": 0.4},
         {"random_erasing": 1.0},
     ],
 )
@@ -76,14 +83,78 @@ def test_affine_sees_what_evaluation_sees():
 
 
 def test_settings_that_cannot_be_are_refused():
-    for name, value in (("min_scale", 0.0), ("random_erasing", 1.5), ("color_jitter", -1.0), ("repeats", 0)):
+    for name, value in (("min_scale", 0.0), ("random_erasing", 1.5), ("repeats", 0)):
         with pytest.raises(InputError, match=f"augmentation.{name} is {value}"):
             Augmentation(**{name: value})
-    for policy in ("rand-q9", "nonsense"):
-        with pytest.raises(InputError, match="must be a policy that timm knows"):
-            Augmentation(auto_augment=policy)
-    with pytest.raises(InputError, match="needs colour images, and these are grey"):
+    with pytest.raises(InputError, match="needs colour images, but these are grey"):
         train_transform(Augmentation(auto_augment="rand-m9"), GREY)
+
+
+@pytest.mark.parametrize(
+    ("policy", "nearest"),
+    [
+        ("nonsense", "there are rand, augmix, v0"),
+        ("", "there are rand"),
+        ("rnd-m9", "did you mean 'rand'"),
+        ("rand-zz", "for example, m9, n2"),
+        ("rand-m9-mstd0.5-incx", "did you mean 'inc1'"),
+        ("rand-m9-ms0.5", "did you mean 'mstd0.5'"),
+        ("rand-m9-", "no section ''"),
+        ("augmix-n3", "for example, m3, w3"),
+        ("original-m9", "for example, mstd0.5"),
+    ],
+)
+def test_a_misspelt_policy_is_refused_with_the_nearest(policy, nearest):
+    with pytest.raises(InputError, match=nearest):
+        Augmentation(auto_augment=policy)
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_timm_reads_every_section_of_every_policy(kind):
+    """The policy and each section change something of what timm builds, so none is a word that timm passes over."""
+    examples = {"m9": "m7", "n2": "n3", "p0.5": "p0.6", "m3": "m4", "w3": "w4", "a1": "a2"}  # other than timm's own
+    for section in SECTIONS[kind]:
+        assert settings(f"{kind}-{examples.get(section, section)}") != settings(kind), section
+
+
+def settings(words: str) -> list[Any]:
+    policy = policy_of(words)
+    return [repr(policy), vars(policy).get("blended"), *(operation.magnitude_max for operation in operations(policy))]
+
+
+def policy_of(words: str) -> Any:
+    augmentation = Augmentation(auto_augment=words, geometry="none", flip=False)
+    return next(step for step in train_transform(augmentation, RGB).transforms if list(operations(step)))
+
+
+@pytest.mark.parametrize(
+    "words", [*SECTIONS, *(f"rand-m{level}-inc{i}" for level in (1, 10) for i in (0, 1)), "rand-m40-mmax40-inc1"]
+)
+def test_every_operation_of_every_policy_works_at_every_level(noise, words):
+    for operation in operations(policy_of(words)):
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for level in np.linspace(0, operation.magnitude_max or 10, 21).tolist():
+            operation.magnitude = level
+            assert operation(noise).size == noise.size
+
+
+def test_an_image_that_keeps_no_bits_is_black(noise):
+    posterize = next(o for o in operations(policy_of("rand-m10-inc1")) if o.name == "PosterizeIncreasing")
+    posterize.prob = 1.0
+    assert posterize(noise).getextrema() == ((0, 0),) * 3
+
+
+def test_an_operation_that_fails_is_named_with_its_image(tmp_path, noise, monkeypatch):
+    monkeypatch.setitem(auto_augment.NAME_TO_OP, "Rotate", lambda *_, **__: 1 / 0)
+    noise.save(tmp_path / "a.png")
+    samples = Samples([tmp_path / "a.png"], [0])
+    policy = TrainDataset(samples, RGB, Augmentation(auto_augment="rand-p1-n20"))
+    *_, error = policy[SampleIndex(0, 0)]
+    assert re.fullmatch(r".*a\.png: Rotate\(.*\) failed: division by zero", error)
+    plain = TrainDataset(samples, RGB, Augmentation())
+    plain.transform.transforms.append(lambda image: image.no_such_thing)
+    *_, error = plain[SampleIndex(0, 0)]
+    assert re.fullmatch(r".*a\.png: function failed: .*no_such_thing.*", error)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])

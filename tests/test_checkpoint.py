@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 import sret
 from sret import InputError, SReT
-from sret.checkpoints.card import METADATA_KEY, Card, load_state, load_weights, save_state, save_weights
+from sret.checkpoints.card import METADATA_KEY, Card, load_weights, save_weights
+from sret.checkpoints.state import load_state, save_state
 from sret.data.preprocess import Preprocessing
 from sret.files import write_atomically
 
@@ -68,7 +69,7 @@ def test_files_that_are_not_ours_are_refused(file, tmp_path, model):
         load_weights(tmp_path / "run")
     spoilt = {**model.state_dict(), "head.bias": torch.full((10,), float("nan"))}
     save_weights(tmp_path / "nan.safetensors", spoilt, card(model.config))
-    with pytest.raises(InputError, match=r"not finite, in head.bias"):
+    with pytest.raises(InputError, match=r"not finite in head.bias"):
         load_weights(tmp_path / "nan.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(InputError, match="without the metadata"):
@@ -142,3 +143,38 @@ def test_a_configured_model_survives_a_reset_classifier(tmp_path, model, image):
     save_weights(tmp_path / "m.safetensors", model.state_dict(), names)
     assert isinstance(sret.load(tmp_path / "m.safetensors"), SReT)
     assert torch.equal(sret.load(tmp_path / "m.safetensors")(image), model(image))
+
+
+def flipped(path, tmp_path, position):
+    """A copy of a file in which one bit differs."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    copy = tmp_path / f"flipped{path.suffix}"
+    copy.write_bytes(content)
+    return copy
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path, model):
+    """In a state, in weights; the bytes of a zip archive that mean nothing, such as its times, may flip unseen."""
+    state = {"step": 3, "model": model.state_dict(), "rows": [{"epoch": 1, "val_top1": 50.0}]}
+    save_state(tmp_path / "state.pt", state)
+    weights = tmp_path / "m.safetensors"
+    save_weights(weights, model.state_dict(), card(model.config))
+    for path, load in ((tmp_path / "state.pt", load_state), (weights, load_weights)):
+        size, unseen = path.stat().st_size, 0
+        for position in torch.linspace(8, size - 1, 60).long().tolist():
+            try:
+                found = load(flipped(path, tmp_path, position))
+            except InputError:
+                continue
+            unseen += 1
+            tensors = found["model"] if path.suffix == ".pt" else found[0].state_dict()
+            assert all(torch.equal(tensors[key], value) for key, value in model.state_dict().items())
+        assert unseen <= 3, path
+
+
+def test_a_state_of_another_format_is_refused(tmp_path):
+    for content in ({"step": 3, "model": {}}, {"format": 1, "content": torch.zeros(3, dtype=torch.uint8)}):
+        torch.save(content, tmp_path / "state.pt")
+        with pytest.raises(InputError, match=r"state\.pt: not a state .*format 2"):
+            load_state(tmp_path / "state.pt")

@@ -24,9 +24,9 @@ def stage(**changes: object) -> StageConfig:
         ({"groups": 4}, "groups is 4; give the slices of each pass"),
         ({"groups": (2.0, 1)}, r"groups \(2.0, 1\): 2.0 slices in a pass; use whole numbers"),
         ({"embed_dim": 16.0}, "embed_dim is 16.0"),
-        ({"mlp_ratio": float("inf")}, "mlp_ratio inf gives"),
-        ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 gives 16 channels no possible"),
-        ({"projection_ratio": 0.0}, "projection_ratio 0.0 gives"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio inf of 16 channels"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 of 16 channels is not"),
+        ({"projection_ratio": 0.0}, "projection_ratio 0.0 of 16 channels"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused(changes, message):
@@ -49,7 +49,7 @@ def test_a_stage_that_cannot_be_is_refused(changes, message):
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; it must be a number >= 0 and < 1"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"in_chans": 0}, "in_chans is 0"),
-        ({"global_pool": ""}, "use 'avg', or '' with num_classes 0"),
+        ({"global_pool": ""}, "use 'avg' or 'max', or '' with num_classes 0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(changes, message):

@@ -7,9 +7,10 @@ from PIL import Image
 
 from sret import InputError
 from sret.data.config import Augmentation
-from sret.data.dataset import UNREADABLE, ImageData, ImageDataset, Samples, TrainDataset, Unreadable
+from sret.data.dataset import ImageData, Samples
+from sret.data.loading import UNREADABLE, ImageDataset, TrainDataset, Unreadable
 from sret.data.preprocess import Preprocessing
-from sret.data.sampler import Draw
+from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
@@ -88,9 +89,7 @@ def test_loose_images_of_a_split_are_not_passed_over(tmp_path):
     make_folder(tmp_path / "train", {"a": 3, "b": 3})
     (tmp_path / "val").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "loose.png")
-    with pytest.raises(
-        InputError, match=r"val: its images lie loose; sort them into a folder per class, as .*train is"
-    ):
+    with pytest.raises(InputError, match=r"val: its images are not in sub-folders; .* as in .*train"):
         load_data(str(tmp_path))
 
 
@@ -190,7 +189,7 @@ def test_training_images_are_a_function_of_seed_and_draw():
     affine = Augmentation(geometry="affine", flip=False)
 
     def draw(seed: int, *place: int) -> torch.Tensor:
-        return TrainDataset(samples, GREY, affine, seed)[Draw(*place)][0]
+        return TrainDataset(samples, GREY, affine, seed)[SampleIndex(*place)][0]
 
     torch.manual_seed(1)
     first = draw(0, 3, 0)
@@ -226,25 +225,25 @@ def test_training_takes_the_next_image_for_one_it_cannot_read(tmp_path):
     rgb = Preprocessing(img_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     none = Augmentation(geometry="none", flip=False)
     dataset = TrainDataset(data.split("all"), rgb, none, max_corrupt=2)
-    x, label, errors = dataset[Draw(1, 0)]
-    assert torch.equal(x, dataset[Draw(3, 0)][0])
+    x, label, errors = dataset[SampleIndex(1, 0)]
+    assert torch.equal(x, dataset[SampleIndex(3, 0)][0])
     assert label == 0
     assert [line.partition(":")[0][-7:] for line in errors.splitlines()] == ["001.png", "002.png"]
-    assert dataset[Draw(0, 0)][2] == ""
-    x, _, errors = TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[Draw(1, 0)]
+    assert dataset[SampleIndex(0, 0)][2] == ""
+    x, _, errors = TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[SampleIndex(1, 0)]
     assert not x.any()  # a blank: so many errors end the run
     with pytest.raises(InputError, match=r"more images than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
-        Unreadable(1).note([errors], is_quiet=True)
+        Unreadable(1).add([errors], is_quiet=True)
 
 
 def test_unreadable_images_are_named_once_and_counted():
     unreadable = Unreadable(2)
-    with pytest.warns(UserWarning, match="a: bad; skipped, number 1 of at most 2"):
-        unreadable.note(["", "a: bad"])
-    with pytest.warns(UserWarning, match="b: bad; skipped, number 2 of at most 2"):
-        unreadable.note(["a: bad", "a: bad\nb: bad"])
+    with pytest.warns(UserWarning, match=r"a: bad; skipped \(1 of at most 2\)"):
+        unreadable.add(["", "a: bad"])
+    with pytest.warns(UserWarning, match=r"b: bad; skipped \(2 of at most 2\)"):
+        unreadable.add(["a: bad", "a: bad\nb: bad"])
     with pytest.raises(InputError, match=r"more images than max_corrupt 2 cannot be read: a: bad; b: bad; c: bad;"):
-        unreadable.note(["c: bad"])
+        unreadable.add(["c: bad"])
 
 
 def test_channels_and_crop_are_read_off_the_images():

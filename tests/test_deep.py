@@ -45,28 +45,29 @@ def test_timm_makes_and_trains_them():
     assert model.config.memory == "pass"
 
 
-@pytest.mark.parametrize("layers", [*range(5, 70), 108, 1000, 1008, 5000])
-def test_every_depth_from_five_on_can_be_had_exactly(layers):
-    first, second, third = passes_of(layers)
-    assert min(first, second, third) >= 1
-    assert first + 2 * second + 2 * third == layers
+def test_every_depth_from_five_on_can_be_had_exactly():
+    for layers in (*range(5, 70), 108, 1000, 1008, 5000):
+        first, second, third = passes_of(layers)
+        assert min(first, second, third) >= 1
+        assert first + 2 * second + 2 * third == layers
 
 
-@pytest.mark.parametrize("layers", [5, 20, 108, 400])
 @pytest.mark.parametrize("millions", [3, 14, 60])
-def test_a_budget_is_kept_and_used(layers, millions):
-    config = deep_config(layers=layers, max_parameters=millions * 10**6)
-    cost = model_cost(config)
-    assert config.depth == layers
-    assert cost.parameters <= millions * 10**6
-    ratio = config.stages[0].projection_ratio
-    assert ratio is not None
-    if ratio < 1:  # the next hundredth, of all projections, would not fit
-        hidden = [int(s.embed_dim * (ratio + 0.01)) - int(s.embed_dim * ratio) for s in config.stages]
-        more = sum(
-            s.num_blocks * s.num_passes * h * (2 * s.embed_dim + 1) for s, h in zip(config.stages, hidden, strict=True)
-        )
-        assert cost.parameters + more > millions * 10**6
+def test_a_budget_is_kept_and_used(millions):
+    for layers in (5, 20, 108, 400):
+        config = deep_config(layers=layers, max_parameters=millions * 10**6)
+        cost = model_cost(config)
+        assert config.depth == layers
+        assert cost.parameters <= millions * 10**6
+        ratio = config.stages[0].projection_ratio
+        assert ratio is not None
+        if ratio < 1:  # the next hundredth, of all projections, would not fit
+            more = 0
+            for stage in config.stages:
+                C = stage.embed_dim
+                hidden = int(C * (ratio + 0.01)) - int(C * ratio)
+                more += stage.num_blocks * stage.num_passes * hidden * (2 * C + 1)
+            assert cost.parameters + more > millions * 10**6, layers
 
 
 @pytest.mark.slow
@@ -82,14 +83,14 @@ def test_all_depths_of_one_width_have_the_same_blocks():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"layers": 4, "max_parameters": 10**7}, "layers is 4; the stages have 5 blocks"),
+        ({"layers": 4, "max_parameters": 10**7}, "layers is 4; it must be at least 5"),
         ({"layers": 0, "max_parameters": 10**7}, "layers is 0"),
         ({"layers": 10.5, "max_parameters": 10**7}, "layers is 10.5; it must be a whole number"),
-        ({"layers": 1008, "max_parameters": 10**6}, "1008 layers of 32 channels have.*enough for 205 layers"),
+        ({"layers": 1008, "max_parameters": 10**6}, "1008 layers of 32 channels need.*enough for 205 layers"),
         ({"layers": 20, "max_parameters": 10}, "the smallest model, of 5 layers, has 685,177"),
         (
             {"layers": 20, "max_parameters": 10**6, "embed_dim": 50},
-            "embed_dim is 50, which forms no heads of about 32 .*: try 64",
+            "embed_dim is 50, which cannot form heads of about 32 .*; try 64",
         ),
         ({"layers": 20, "max_parameters": 10**6, "embed_dim": 0}, "embed_dim is 0"),
         ({"layers": 20, "max_parameters": 10**6, "embed_dim": 8}, "embed_dim is 8.*try 32"),

@@ -28,7 +28,7 @@ def test_the_loss_is_the_authors(temperature):
     """Recorded from the authors' release."""
     golden = load_file(DATA / "soft_distillation.safetensors")
     teacher = Teacher(nn.Identity(), RGB, 3, temperature)
-    teacher.see = lambda x: x
+    teacher.preprocess = lambda x: x
     loss = SoftTargetCrossEntropy()(golden["student"] / temperature, teacher(golden["teacher"]))
     torch.testing.assert_close(loss, golden[f"loss_t{temperature}"].reshape(()))
 
@@ -58,7 +58,7 @@ def test_a_teacher_sees_with_its_own_size_channels_and_normalisation():
 
 
 def test_a_grey_teacher_of_colours_is_refused():
-    with pytest.raises(InputError, match="the teacher knows grey images only"):
+    with pytest.raises(InputError, match="the teacher takes grey images"):
         Teacher(nn.Identity(), GREY, 3, 1.0)
 
 
@@ -76,12 +76,12 @@ def test_a_weights_file_of_ours_teaches(tmp_path):
     model, preprocessing = load_teacher(str(path), None, TEN)
     assert preprocessing.img_size == (64, 64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
-    with pytest.raises(InputError, match="knows other classes than the data"):
+    with pytest.raises(InputError, match="has other classes than the data"):
         load_teacher(str(path), None, TEN[::-1])
     with pytest.raises(InputError, match="leave teacher_weights out"):
         load_teacher(str(path), path, TEN)
     nameless = make_checkpoint(tmp_path / "n.safetensors", small_config(num_classes=9))
-    with pytest.raises(InputError, match="knows 9 classes, the data has 10"):
+    with pytest.raises(InputError, match="has 9 classes, the data has 10"):
         load_teacher(str(nameless), None, TEN)
 
 
@@ -95,26 +95,26 @@ def test_a_model_of_timm_teaches_from_a_file(tmp_path):
 
 def test_teachers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=r"no teacher 'resnet19'.* did you mean 'resnet1"):
+    with pytest.raises(InputError, match=r"unknown teacher 'resnet19'.* did you mean 'resnet1"):
         load_teacher("resnet19", None, TEN)
-    with pytest.raises(InputError, match=r"gone.pth: no such file of weights for the teacher resnet18"):
+    with pytest.raises(InputError, match=r"gone.pth: no such file, for the weights of the teacher resnet18"):
         load_teacher("resnet18", tmp_path / "gone.pth", TEN)
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match=r"resnet18 cannot be had: .*should hold timm's weights for it, with 10"):
+    with pytest.raises(InputError, match=r"resnet18: .*should hold timm's weights for it, with 10"):
         load_teacher("resnet18", tmp_path / "bad.safetensors", TEN)
 
 
 def test_settings_that_another_would_overrule_are_refused(tmp_path):
     teacher = Distillation(teacher="resnet18")
-    with pytest.raises(InputError, match=r"label_smoothing is 0.1, but the teacher's answers replace the labels"):
+    with pytest.raises(InputError, match=r"label_smoothing is 0.1, but the targets are a teacher's predictions"):
         TrainConfig(model="sret_t", distillation=teacher)
     with pytest.raises(InputError, match="both replace the labels"):
         TrainConfig(model="sret_t", distillation=teacher, soft_labels=tmp_path, label_smoothing=0.0)
-    with pytest.raises(InputError, match="bring their own crops"):
+    with pytest.raises(InputError, match="have their own crops"):
         TrainConfig(model="sret_t", soft_labels=Path("labels"), label_smoothing=0.0)
     with pytest.raises(InputError, match=r"temperature is 0\.0; it must be a number > 0"):
         Distillation(teacher="resnet18", temperature=0.0)
     with pytest.raises(InputError, match="it must be even"):
         TrainConfig(model="sret_t", mixup=0.8, batch_size=9)
-    with pytest.raises(InputError, match=r"optimizer is 'madgrad'; it must be one of those .*: adamw, sgd"):
+    with pytest.raises(InputError, match=r"optimizer is 'madgrad'; it must be one of adamw, sgd"):
         TrainConfig(model="sret_t", optimizer="madgrad")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sret import InputError
-from sret.data.dataset import UNREADABLE, Unreadable
+from sret.data.loading import UNREADABLE, Unreadable
 from sret.inference.evaluate import evaluate
 from sret.training.signals import StopRequest
 

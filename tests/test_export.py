@@ -22,13 +22,15 @@ from test_weights import official_state_dict
 import sret as package
 from sret import InputError, SReT, StageConfig
 from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.checkpoints.files import checksum
 from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.export import export as exporting
-from sret.export.export import Comparison, compare, export, export_model, to_onnx
+from sret.export.export import export, export_model
+from sret.export.onnx import to_onnx
 from sret.export.runtime import Exported, load_exported, load_model
+from sret.export.verify import Comparison, compare
 from sret.inference.predict import predict
-from sret.training.distillation.soft_labels import checksum
 
 SUFFIXES = (".onnx", ".xml")
 ODD_NAMES = ("<&\"'>", "dog\n", "ключ", "", *"abcdef")
@@ -344,7 +346,7 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (["M", "m.onnx", "--dtype", "float16"], "dtype"),
         (["M", "m.onnx", "--dtype", "int8"], "int8 is calibrated on real images; name some with --data"),
         (["M", "m.onnx", "--data", "digits"], "digits has other classes than the checkpoint"),
-        (["M", "m.onnx", "--data", "pets"], "the checkpoint knows 10 classes, pets has 2"),
+        (["M", "m.onnx", "--data", "pets"], "the checkpoint has 10 classes, pets has 2"),
         (["M", "m.onnx", "--data", "nowhere"], "no data 'nowhere'"),
         (
             ["M", "m.onnx", "--img_size", "16"],
@@ -382,7 +384,7 @@ def test_images_that_cannot_be_read_stop_it(tmp_path, sret):  # noqa: F811
 
 
 def test_weights_beyond_what_onnx_can_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "MOST_BYTES", 1000)
+    monkeypatch.setattr(exporting, "MAX_WEIGHT_BYTES", 1000)
     model = SReT(tiny_config())
     with pytest.raises(InputError, match="more than 2 GiB"):
         export_model(model, card_of(model), tmp_path / "m.onnx")
@@ -429,7 +431,7 @@ def test_files_that_are_not_ours_are_refused(suffix, exports, tmp_path, sret):  
         load_exported(tmp_path / f"folder{suffix}")
     with pytest.raises(InputError, match=r"an exported model ends in .onnx or .xml"):
         load_exported(exports[".safetensors"])
-    with pytest.raises(InputError, match="its weights cannot be taken out again"):
+    with pytest.raises(InputError, match="use the weights it was exported from"):
         load_weights(exports[suffix])
 
 

@@ -22,7 +22,6 @@ from sret.kernels.attention import attend, formula
 from sret.layers import AttentionResidual, Block, NonLinearProjection, Permuter, StridedPermutation
 from sret.layers.block import one_pass
 from sret.models.fuse import fuse
-from sret.models.variants import PUBLISHED
 
 
 def lively(model: SReT) -> SReT:
@@ -55,7 +54,7 @@ CASES = {
         num_classes=10,
     ),
 }
-SIZES = [(64, 64), (72, 72), (80, 56)]
+SIZES = [(64, 64), (80, 56)]  # of slices that are equal, and that are not
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -100,19 +99,29 @@ def _kernels(request, monkeypatch):
         monkeypatch.setattr("sret.kernels.linear.FUSED_ROWS", 0)
 
 
+# Those that differ in what is computed: slices, uneven ones even at 64 pixels, channels that are no power of two.
 @pytest.mark.usefixtures("_kernels")
-@pytest.mark.parametrize("size", [(64, 64), (104, 88)])
-@pytest.mark.parametrize("permutation", ["random", "strided"])
-@pytest.mark.parametrize("variant", [name for name in PUBLISHED if not name.endswith(("384", "512"))])
-def test_published_models_in_float32(variant, permutation, size):
+@pytest.mark.parametrize(
+    ("variant", "permutation"),
+    [
+        ("sret_t", "random"),
+        ("sret_t", "strided"),
+        ("sret_t_unsliced", "random"),
+        ("sret_lt_16_14_1", "strided"),
+        ("sret_s", "random"),
+    ],
+)
+def test_published_models_in_float32(variant, permutation):
     model = lively(timm.create_model(variant, num_classes=10, permutation=permutation))
-    x = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected = Naive(model)(x)
-        scale = expected.abs().max()
-        for net in (model, fuse(model)):
-            assert (net(x) - expected).abs().max() <= 1e-5 * scale
-    assert (model(x) - expected).abs().max() <= 1e-5 * scale  # the path that remembers for backward
+    fused = fuse(model)
+    for size in ((64, 64), (104, 88)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = Naive(model)(x)
+            scale = expected.abs().max()
+            for net in (model, fused):
+                assert (net(x) - expected).abs().max() <= 1e-5 * scale
+        assert (model(x) - expected).abs().max() <= 1e-5 * scale  # the path that remembers for backward
 
 
 @pytest.mark.parametrize("permutation", ["random", "strided"])

@@ -1,12 +1,17 @@
 """A run that is killed, stopped or out of disk, at any moment: nothing is lost, and it ends with the same bits."""
 
+import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +22,12 @@ from safetensors.torch import load_file
 from test_train import RECIPE
 
 from sret import InputError
-from sret.checkpoints.card import load_state
-from sret.training.config import Launch
+from sret.checkpoints.state import load_state
+from sret.cli.main import main
+from sret.data.loading import TrainDataset
+from sret.training import loop
+from sret.training.config import RuntimeConfig, TrainConfig
+from sret.training.lock import locked
 from sret.training.loop import train
 from sret.training.run_dir import CONTENTS, LAST, STATE
 
@@ -32,7 +41,7 @@ FORKS = """
 import os, signal, sys
 from pathlib import Path
 from test_interruption import RECIPE
-from sret.training.config import Launch
+from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.loop import train
 
 fsync, writes = os.fsync, 0
@@ -50,7 +59,7 @@ for line in sys.stdin:
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.fsync = fsync_or_die
-        train(RECIPE, Path(sys.argv[1]), resume="auto", launch=Launch(save_every=1))
+        train(RECIPE, Path(sys.argv[1]), resume="auto", runtime=RuntimeConfig(save_every=1))
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -86,7 +95,7 @@ class Forks:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(quick_report, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     train(RECIPE, out)
     assert load_state(out / STATE)["step"] == STEPS
@@ -133,10 +142,8 @@ def test_a_run_killed_in_each_write_of_its_first_saves_ends_with_the_same_bits(w
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, kind, code, workers):
-    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE.to_dict()))
-    command = [sys.executable, "-m", "sret.cli", "train", "--config", str(recipe), "--out", str(out)]
-    command += ["--num_workers", str(workers), "--save_every", "1"]
+    out = tmp_path / "run"
+    command = command_of(RECIPE, out, "--num_workers", workers, "--save_every", 1)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A process group of its own, all of which a terminal sends Ctrl-C.
     with subprocess.Popen(command, cwd=HERE, start_new_session=True, **pipes) as process:
@@ -148,7 +155,7 @@ def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, kind, code, worke
     assert "Traceback" not in stderr
     step = load_state(out / STATE)["step"]
     assert 0 < step < STEPS
-    assert f"Stopped and saved at step {step} of 8; --resume auto goes on" in stdout
+    assert f"Stopped and saved at step {step} of 8; --resume auto continues" in stdout
     train(RECIPE, out, resume="auto")
     assert_same(out, whole)
 
@@ -188,8 +195,8 @@ def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
-        with pytest.raises(InputError, match=r"state of step 4 could not be saved \(File too large\); what was saved"):
-            train(RECIPE, out, resume="auto", launch=Launch(save_every=1))
+        with pytest.raises(InputError, match=r"state of step 4 could not be saved \(File too large\); --resume auto"):
+            train(RECIPE, out, resume="auto", runtime=RuntimeConfig(save_every=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (out / STATE).read_bytes() == before
@@ -199,5 +206,150 @@ def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
 
 def test_an_unwritable_place_is_named_before_any_work(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"the state of step 0 could not be saved \(Not a directory\); name an --out"):
+    with pytest.raises(InputError, match=r"run: cannot be written to \(Not a directory\); choose another --out"):
         train(RECIPE, tmp_path / "file" / "run")
+
+
+@contextmanager
+def holder(out: Path) -> Iterator[int]:
+    """Within this context a process, whose number is yielded, has locked a folder; then it is killed."""
+    code = (
+        "import sys, time; from pathlib import Path; from sret.training.lock import locked\n"
+        "with locked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_and_the_lock_of_a_killed_run_is_not_in_the_way(tmp_path):
+    out = tmp_path / "new" / "run"
+    with holder(out) as process:
+        with pytest.raises(InputError, match=rf"run is in use by process {process} on .*; wait for it, or choose"):
+            train(RECIPE, out)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    (out / ".state.pt.0123.tmp").write_text("left by a run that was killed while it wrote")
+    with locked(out):
+        (out / "file").write_text("")
+    assert [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError, match="no data"):
+        train(replace(RECIPE, data="nothing"), tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_runs_in_one_folder_without_locks_do_not_overwrite_each_other(quick_report, tmp_path, monkeypatch):
+    """On a file system that knows no locks: the second run takes the folder over, and the first one sees that."""
+    monkeypatch.setattr(loop, "locked", nullcontext)
+    out = tmp_path / "run"
+
+    def start_the_other(_: object) -> None:
+        if load_state(out / STATE)["step"] == 0:
+            train(replace(RECIPE, seed=1), out, max_steps=2)
+
+    with pytest.raises(InputError, match=r"another run has written to this folder; its files are kept"):
+        train(RECIPE, out, runtime=RuntimeConfig(save_every=1), on_metrics=start_the_other)
+    state = load_state(out / STATE)
+    assert (state["step"], state["config"]["seed"]) == (2, 1)
+    weights = load_file(out / LAST)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in state["ema"].items())
+
+
+def command_of(recipe: TrainConfig, out: Path, *options: object) -> list[str]:
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    return [sys.executable, "-m", "sret.cli", "train", "--config", str(path), "--out", str(out), *map(str, options)]
+
+
+def test_a_run_keeps_its_epochs_and_says_how_to_train_further(whole, tmp_path):
+    """What the message names works: the weights of the run are those that the next one starts from."""
+    for resume in ("auto", None):
+        with pytest.raises(
+            InputError, match=r"to train its weights further, use --init (\S+) and another --out"
+        ) as told:
+            train(replace(RECIPE, epochs=3), whole, resume=resume)
+    init = re.search(r"--init (\S+)", str(told.value))[1]
+    further = replace(RECIPE, epochs=1, init=Path(init), warmup_epochs=0, learning_rate=1e-9)
+    last = load_file(train(further, tmp_path / "run").parent / LAST)
+    assert all(
+        torch.allclose(last[key], tensor, atol=1e-6) for key, tensor in load_file(init).items() if "bn" not in key
+    )
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        lambda: os.kill(os.getpid(), signal.SIGBUS),  # shared memory ran out in a write
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),  # or at once: it is a file
+    ],
+    ids=["killed", "bus error", "full"],
+)
+def test_a_loading_process_that_ends_is_one_line_and_the_state_is_kept(tmp_path, monkeypatch, capfd, end):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    fetch = TrainDataset.fetch
+
+    def fetch_or_end(self, index, draw):
+        if draw.epoch == 1:
+            end()
+        return fetch(self, index, draw)
+
+    monkeypatch.setattr(TrainDataset, "fetch", fetch_or_end)
+    command = command_of(RECIPE, tmp_path / "run", "--num_workers", 2, "--save_every", 1)
+    assert main(command[3:]) == 2
+    *others, line = capfd.readouterr().err.replace("\0", "").splitlines()
+    expected = "sret: error: a process that loads images was ended: .*--resume auto continues from the last saved state"
+    assert re.fullmatch(expected, line)
+    assert all("bus error" in other for other in others)  # a line of torch's
+    assert load_state(tmp_path / "run" / STATE)["step"] == 4
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+    # One folder for the sockets of all processes, which this process removes at its exit.
+    assert list((tmp_path / "temporary").iterdir()) == [Path(multiprocessing.current_process()._config["tempdir"])]
+
+
+@pytest.mark.slow
+def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_line(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    command = command_of(RECIPE, tmp_path / "run", "--num_workers", 14)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith("Best validation accuracy"):
+                said = time.monotonic()
+        process.wait()
+    assert process.returncode == 0
+    assert time.monotonic() - said < 2
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_of_two_runs_started_at_once_one_goes_on_and_the_other_is_refused(whole, tmp_path):
+    out = tmp_path / "run"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command_of(RECIPE, out), **pipes) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    refused = errors[[process.returncode for process in both].index(2)]
+    # The slower one may start when the other has ended.
+    assert re.fullmatch(r"sret: error: \S+ (is in use by process \d+ on|already has a run) .*\n", refused), refused
+    assert_same(out, whole)
+    assert {path.name for path in out.iterdir()} == set(CONTENTS)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_at_once_although_its_loading_processes_end_later(whole, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(command_of(RECIPE, out, "--num_workers", 2, "--save_every", 1)) as process:
+        while not (out / LAST).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    train(RECIPE, out, resume="auto")
+    assert_same(out, whole)

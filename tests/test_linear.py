@@ -6,11 +6,10 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import gelu
 
-from sret.kernels.linear import gelu_linear, is_plain, linear, linear_gelu, norm_linear
+from sret.kernels import linear as kernels
+from sret.kernels.linear import gelu_linear, is_plain, kernels_for, linear, linear_gelu, norm_linear
 from sret.layers import MlpResidual
 from sret.layers.residual import weighted_sum
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def arguments(dtype: torch.dtype, tokens: tuple[int, ...] = (2, 5)) -> tuple[torch.Tensor, nn.LayerNorm, nn.Linear]:
@@ -32,26 +31,35 @@ def call(function, x, norm, layer):
     return function(x, *([norm] if function is norm_linear else []), layer.weight, layer.bias)
 
 
-@pytest.fixture(params=[True, False])
-def _any_kernel(request, monkeypatch):
-    """Whether what is small is large enough for the fused kernel."""
-    if request.param:
-        monkeypatch.setattr("sret.kernels.linear.FUSED_MACS", 0)
-        monkeypatch.setattr("sret.kernels.linear.FUSED_ROWS", 0)
+@pytest.fixture
+def _fused_at_any_size(monkeypatch):
+    """What is small is large enough for the fused kernel."""
+    monkeypatch.setattr(kernels, "FUSED_MACS", 0)
+    monkeypatch.setattr(kernels, "FUSED_ROWS", 0)
 
 
-@pytest.mark.usefixtures("_any_kernel")
+@pytest.mark.skipif(not kernels._IS_SUPPORTED, reason="oneDNN's kernels were measured on x86 only")
+@pytest.mark.usefixtures("_fused_at_any_size")
 @pytest.mark.parametrize("function", FORMULAS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("has_gradient", [True, False])
-@pytest.mark.parametrize("tokens", [(2, 5), (0, 5), (3,)])
-def test_each_is_its_formula(function, dtype, has_gradient, tokens):
-    given = arguments(dtype, tokens)
-    expected = FORMULAS[function](*given)
-    with torch.set_grad_enabled(has_gradient):
-        y = call(function, *given)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("dtype", sorted(kernels._FUSED_DTYPES, key=str))
+def test_each_is_its_formula_in_the_fused_kernel(function, dtype):
+    tolerance = 1e-6 if dtype is torch.float32 else 2e-2
+    for tokens in ((2, 5), (3,), (0, 5)):
+        given = arguments(dtype, tokens)
+        expected = FORMULAS[function](*given)
+        with torch.no_grad():
+            torch.testing.assert_close(call(function, *given), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("_fused_at_any_size")
+@pytest.mark.parametrize("function", [gelu_linear, norm_linear])
+def test_with_a_backward_of_its_own_each_is_its_formula(function):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        for tokens in ((2, 5), (0, 5)):
+            given = arguments(dtype, tokens)
+            y = call(function, *given)
+            assert type(y.grad_fn).__name__ in ("_GeluLinearBackward", "_NormLinearBackward")
+            torch.testing.assert_close(y, FORMULAS[function](*given), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("function", [gelu_linear, norm_linear])
@@ -65,6 +73,79 @@ def test_gradients_are_those_of_the_formula(function):
 
     assert gradcheck(apply, values)
     assert gradgradcheck(apply, values)
+
+
+PLAIN = (kernels.plain_linear, kernels._plain_linear_gelu)
+FUSED = (kernels._onednn_linear, kernels._onednn_linear_gelu)
+
+
+@pytest.fixture
+def _x86(monkeypatch):
+    """The choice as on a processor with AVX-512, wherever the test runs; nothing is computed."""
+    monkeypatch.setattr(kernels, "_IS_SUPPORTED", True)
+    monkeypatch.setattr(kernels, "_FUSED_DTYPES", {torch.float32, torch.bfloat16})
+
+
+@pytest.mark.usefixtures("_x86")
+@pytest.mark.parametrize(
+    ("rows", "channels", "hidden", "expected"),
+    [
+        (148, 8, 8, (PLAIN[0], PLAIN[1])),
+        (150, 8, 8, (PLAIN[0], FUSED[1])),  # a product with a GELU: by rows
+        (100, 400, 499, (PLAIN[0], PLAIN[1])),
+        (100, 400, 500, (FUSED[0], PLAIN[1])),  # one without: by multiply-adds, 20 million
+        (784, 256, 256, FUSED),
+    ],
+)
+@torch.no_grad()
+def test_float32_takes_the_fused_kernel_from_the_measured_size_on(rows, channels, hidden, expected):
+    assert kernels_for(torch.empty(2, rows // 2, channels), torch.empty(hidden, channels)) == expected
+
+
+@pytest.mark.usefixtures("_x86")
+@torch.no_grad()
+def test_bfloat16_takes_the_fused_kernel_at_any_size_and_nothing_else_does(monkeypatch):
+    def chosen(dtype: torch.dtype, device: str = "cpu") -> tuple:
+        return kernels_for(torch.empty(3, 8, dtype=dtype, device=device), torch.empty(8, 8, dtype=dtype, device=device))
+
+    assert chosen(torch.bfloat16) == FUSED
+    assert chosen(torch.float64) == chosen(torch.float16) == PLAIN
+    assert chosen(torch.bfloat16, "meta") == PLAIN
+    monkeypatch.setattr(kernels, "_FUSED_DTYPES", {torch.float32})  # a processor without AVX-512
+    assert chosen(torch.bfloat16) == PLAIN
+
+
+@pytest.mark.usefixtures("_x86")
+@pytest.mark.parametrize(
+    "circumstance", ["gradients", "autocast", "torch.func", "compiling", "no oneDNN", "not x86", "other dtype", "empty"]
+)
+def test_the_plain_kernel_serves_where_the_fused_one_cannot(circumstance, monkeypatch):
+    x, weight = torch.empty(784, 256), torch.empty(256, 256)
+    found = []
+    with torch.no_grad():
+        assert kernels_for(x, weight) == FUSED
+        if circumstance == "gradients":
+            with torch.enable_grad():
+                found.append(kernels_for(x, weight))
+        elif circumstance == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(kernels_for(x, weight))
+        elif circumstance == "torch.func":
+            torch.func.vmap(lambda row: found.append(kernels_for(x, weight)) or row)(x)
+        elif circumstance == "compiling":
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+            found.append(kernels_for(x, weight))
+        elif circumstance == "no oneDNN":
+            with torch.backends.mkldnn.flags(enabled=False):
+                found.append(kernels_for(x, weight))
+        elif circumstance == "not x86":
+            monkeypatch.setattr(kernels, "_IS_SUPPORTED", False)
+            found.append(kernels_for(x, weight))
+        elif circumstance == "other dtype":
+            found.append(kernels_for(x, weight.double()))
+        else:
+            found.append(kernels_for(x[:0].bfloat16(), weight.bfloat16()))
+    assert found == [PLAIN]
 
 
 def test_the_weighted_sum_has_the_gradients_of_its_formula():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.kernels.checkpointing import CheckpointPolicy, fewest_kept, kept_steps, split
+from sret.kernels.checkpointing import CheckpointPolicy, kept_steps, min_kept, split
 from sret.kernels.recompute import Chain, recomputed
 from sret.layers import (
     Block,
@@ -228,9 +228,9 @@ def test_the_schedule_is_the_best_there_is():
 
 
 def test_slots_are_the_square_root_or_the_logarithm():
-    assert fewest_kept(1008, 2) == 44  # the square root of 2016
-    assert fewest_kept(1008, 10) == 5
-    assert [fewest_kept(n, 2) for n in (1, 2, 3, 6)] == [1, 1, 1, 2]
+    assert min_kept(1008, 2) == 44  # the square root of 2016
+    assert min_kept(1008, 10) == 5
+    assert [min_kept(n, 2) for n in (1, 2, 3, 6)] == [1, 1, 1, 2]
     assert kept_steps(6, 3)[0] == 0
     assert len(kept_steps(1008, 44)) == 44
     assert kept_steps(5, 9) == [0, 1, 2, 3, 4]  # no more inputs than steps
@@ -277,7 +277,7 @@ def test_no_more_inputs_live_than_slots(num_steps, slots):
         ("nested:", "'nested' takes no argument"),
         ("truncated", "needs a number of passes, at least 1, such as 'truncated:4'"),
         ("truncated:0", "needs a number of passes, at least 1"),
-        ("reversible", "needs a model of two streams.*use 'nested'"),
+        ("reversible", "needs a two-stream model.*use 'nested'"),
     ],
 )
 def test_a_policy_that_cannot_be_names_one_that_can(policy, message):
@@ -289,7 +289,7 @@ def test_a_policy_that_cannot_be_names_one_that_can(policy, message):
 
 def test_a_reversible_model_refuses_the_policies_of_one_stream():
     with pytest.raises(
-        InputError, match="'nested' is for models of one stream; with reversible=true set memory to 'reversible'"
+        InputError, match="'nested' is for one-stream models; with reversible=true set memory to 'reversible'"
     ):
         small_config(memory="nested", reversible=True)
 
@@ -368,12 +368,12 @@ def test_what_would_get_no_gradient_or_another_is_refused(policy):
     model.set_memory(policy)
     loss = model(IMAGE).sum()
     model.eval()
-    with pytest.raises(RuntimeError, match="went from training to evaluation, or back"):
+    with pytest.raises(RuntimeError, match="switched between training and evaluation mode"):
         loss.backward()
     prompt = torch.zeros(1, requires_grad=True)
     norm = model.stages[0].recursions[0].block.mlp.norm
     norm.register_forward_hook(lambda _, inputs, y: y + prompt)
-    with pytest.raises(RuntimeError, match=r"uses a tensor of shape \(1,\) that wants a gradient"):
+    with pytest.raises(RuntimeError, match=r"uses a tensor of shape \(1,\) that requires a gradient"):
         model(IMAGE).sum().backward()
 
 

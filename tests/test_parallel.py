@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from two_processes import ADAM, LAYOUTS, RECIPE, STEPS, recipe_of
 
-from sret.checkpoints.card import load_state
+from sret.checkpoints.state import load_state
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
 from sret.training.distillation.soft_labels import shard_path
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_for_one_process_ends_both_with_its_error(tmp_path):
     (tmp_path / "file").write_text("x")
     result = launch("-m", "sret.cli", "train", "--config", HERE.parent / "recipes" / "digits.yaml", "--out", out)
     assert result.stderr.count("sret: error") == 2
-    assert result.stderr.count("the state of step 0 could not be saved (Not a directory)") == 2
+    assert result.stderr.count("run: cannot be written to (Not a directory)") == 2
 
 
 def test_batch_norm_is_replaced_with_all_it_knows():

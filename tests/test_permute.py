@@ -123,7 +123,7 @@ def test_replay_hands_out_the_list_in_the_order_of_use(config, image):
 def test_replay_refuses_lists_that_do_not_fit(model, image):
     with pytest.raises(InputError, match="ran out"), replay([torch.randperm(64)]):
         model(image)
-    with pytest.raises(InputError, match="of 64 tokens, the pass has 16"), replay([torch.randperm(64)] * 3):
+    with pytest.raises(InputError, match="has 64 tokens, but the pass has 16"), replay([torch.randperm(64)] * 3):
         model(image)
     too_many = [torch.randperm(64), *[torch.randperm(16)] * 3]
     with pytest.raises(InputError, match="1 of 4 replayed permutations were not used"), replay(too_many):

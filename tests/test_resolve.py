@@ -68,7 +68,7 @@ def test_files_of_the_authors_and_of_ours_are_told_apart_by_what_they_hold(offic
     (tmp_path / "ours").write_bytes(ours.read_bytes())
     for path in (ours, tmp_path / "ours"):
         assert resolve(path)[1] == load_weights(ours)[1]
-        with pytest.raises(InputError, match="ours say which model they are"):
+        with pytest.raises(InputError, match="only for the authors' files"):
             resolve(path, "sret_t")
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from sret import InputError
-from sret.data.sampler import Draw, EpochBatches, part_of, seeded
+from sret.data.sampler import EpochBatches, SampleIndex, part_of, seeded
 
 
 def images(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
     batches.start_at(epoch, first)
-    return [[draw.image for draw in batch] for batch in batches]
+    return [[sample.image for sample in batch] for batch in batches]
 
 
 def test_an_epoch_s_order_is_a_function_of_seed_and_epoch():
@@ -39,7 +39,7 @@ def test_a_step_s_images_do_not_depend_on_who_computes_them(num_ranks, accumulat
 
 
 def test_one_part_is_the_batch_itself():
-    batch = [Draw(i, 0) for i in (5, 3, 9)]  # odd
+    batch = [SampleIndex(i, 0) for i in (5, 3, 9)]  # odd
     assert part_of(batch, 0, 1) == batch
 
 
@@ -48,9 +48,9 @@ def test_repeated_augmentation_shows_each_image_several_times():
     epoch = list(batches)
     assert len(epoch) == batches.steps == 5
     for batch in epoch:
-        assert len({draw.image for draw in batch}) == 2
-        assert sorted(draw.copy for draw in batch) == [0, 0, 1, 1, 2, 2]
-    assert len({draw.image for batch in epoch for draw in batch}) == 10  # a third of the images
+        assert len({sample.image for sample in batch}) == 2
+        assert sorted(sample.copy for sample in batch) == [0, 0, 1, 1, 2, 2]
+    assert len({sample.image for batch in epoch for sample in batch}) == 10  # a third of the images
 
 
 def test_batches_that_cannot_be_are_refused():

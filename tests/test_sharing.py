@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from sret import SReT
 from sret.checkpoints.card import save_weights
 from sret.export import export as exporting
-from sret.export.export import export_model, to_onnx
+from sret.export.export import export_model
+from sret.export.onnx import to_onnx
 from sret.layers.recursion import CompiledPass
 from sret.models.config import ModelConfig, StageConfig
 from sret.models.deep import deep_config
@@ -103,7 +104,7 @@ def graphs_of(layers: int, memory: str, use: Callable[[SReT], None]) -> list[int
 @pytest.fixture
 def new_process(monkeypatch):
     """torch's limits as they are at first, but that a pass beyond them is an error: else it runs uncompiled."""
-    monkeypatch.setattr(CompiledPass, "most_graphs", 0)
+    monkeypatch.setattr(CompiledPass, "max_graphs", 0)
     limits = {"recompile_limit": 8, "accumulated_recompile_limit": 256, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limits):
         yield

@@ -16,14 +16,16 @@ from test_train import MODEL, NONE, RECIPE
 from sret import InputError, SReT
 from sret.checkpoints.card import Card, save_weights
 from sret.data.preprocess import Preprocessing
-from sret.data.sampler import Draw
+from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
 from sret.training.distillation import soft_labels
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
-from sret.training.distillation.soft_labels import ReplayDataset
+from sret.training.distillation.soft_labels import SoftLabelDataset
 from sret.training.distillation.teacher import Teacher
 from sret.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.25,))
 OPTIONS = {"crops": 2, "top_k": 4, "batch_size": 32, "seed": 3}
@@ -48,8 +50,8 @@ def labels(teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def replayed(labels) -> ReplayDataset:
-    return ReplayDataset(labels, load_data("digits"), GREY)
+def replayed(labels) -> SoftLabelDataset:
+    return SoftLabelDataset(labels, load_data("digits"), GREY)
 
 
 def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed, teacher):
@@ -59,7 +61,7 @@ def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed,
     online = Teacher(load_weights(teacher.teacher)[0], GREY, 1, teacher.temperature)
     for index in (0, 7, 1000, 1221):  # of both shards
         for epoch in range(2):
-            image, target, errors = replayed[Draw(index, epoch)]
+            image, target, errors = replayed[SampleIndex(index, epoch)]
             answer = online(image[None])[0]
             kept = answer.topk(4).indices
             torch.testing.assert_close(target[kept], answer[kept], atol=1e-3, rtol=1e-3)
@@ -70,7 +72,7 @@ def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed,
 
 
 def test_epochs_take_the_crops_in_turn(replayed):
-    first, second, third = (replayed[Draw(5, epoch)] for epoch in range(3))
+    first, second, third = (replayed[SampleIndex(5, epoch)] for epoch in range(3))
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[0], third[0])
     assert torch.equal(first[1], third[1])
@@ -93,15 +95,15 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels,
     passing.close()
     first, second = (soft_labels.shard_path(tmp_path / "out", shard) for shard in range(2))
     assert (first.exists(), second.exists()) == (True, False)
-    with pytest.raises(InputError, match=r"is not finished, 1 of 2 shards are missing \(labels-00001.safetensors\)"):
-        ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+    with pytest.raises(InputError, match=r"not complete, 1 of 2 shards are missing \(labels-00001.safetensors\)"):
+        SoftLabelDataset(tmp_path / "out", load_data("digits"), GREY)
     list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
     assert [first.read_bytes(), second.read_bytes()] == expected
     damaged = bytearray(expected[0])
     damaged[-5] ^= 1
     first.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"damaged: labels-00000.safetensors; the same `sret soft-labels` writes them"):
-        ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+    with pytest.raises(InputError, match=r"damaged: labels-00000.safetensors; run the same `sret soft-labels`"):
+        SoftLabelDataset(tmp_path / "out", load_data("digits"), GREY)
     written = second.stat().st_mtime_ns
     list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
     assert first.read_bytes() == expected[0]
@@ -109,24 +111,24 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels,
 
 
 def test_labels_of_other_settings_or_data_are_refused(labels, teacher, tmp_path):
-    with pytest.raises(InputError, match="begun with other settings: seed was 3, now 4"):
+    with pytest.raises(InputError, match="started with other settings: seed was 3, now 4"):
         list(write_soft_labels(labels, "digits", teacher, **{**OPTIONS, "seed": 4}))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="holds something else already"):
+    with pytest.raises(InputError, match="already has other files"):
         list(write_soft_labels(tmp_path / "full", "digits", teacher, **OPTIONS))
     for name, value in (("crops", 0), ("top_k", 0), ("min_scale", 0.0)):
         with pytest.raises(InputError, match=f"{name} is {value}"):
             list(write_soft_labels(tmp_path / "x", "digits", teacher, **{name: value}))
     other = replace(load_data("digits"), class_names=tuple("abcdefghij"))
     with pytest.raises(InputError, match="holds soft labels of other data"):
-        ReplayDataset(labels, other, GREY)
+        SoftLabelDataset(labels, other, GREY)
     with pytest.raises(InputError, match="no soft labels; `sret soft-labels` writes them"):
-        ReplayDataset(tmp_path / "nowhere", other, GREY)
+        SoftLabelDataset(tmp_path / "nowhere", other, GREY)
     manifest = json.loads((labels / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "novelty": 1}))
     with pytest.raises(InputError, match="damaged, or of another version"):
-        ReplayDataset(tmp_path, other, GREY)
+        SoftLabelDataset(tmp_path, other, GREY)
 
 
 def test_labels_are_not_written_into_their_data(teacher, tmp_path):
@@ -161,19 +163,19 @@ def test_images_that_cannot_be_read_are_skipped_in_both_passes(tmp_path):
     pets, pass_ = str(tmp_path / "pets"), {"crops": 1, "top_k": 5}  # of two classes
     with pytest.raises(InputError, match="not an image that can be read"):
         list(write_soft_labels(tmp_path / "strict", pets, Distillation(teacher=str(path)), **pass_))
-    with pytest.warns(UserWarning, match="number 1 of at most 1"):
+    with pytest.warns(UserWarning, match=r"skipped \(1 of at most 1\)"):
         list(write_soft_labels(tmp_path / "out", pets, Distillation(teacher=str(path)), max_corrupt=1, **pass_))
-    dataset = ReplayDataset(tmp_path / "out", data, GREY, max_corrupt=1)
-    image, target, errors = dataset[Draw(1, 0)]
+    dataset = SoftLabelDataset(tmp_path / "out", data, GREY, max_corrupt=1)
+    image, target, errors = dataset[SampleIndex(1, 0)]
     assert "no image" not in errors
     assert "not an image" in errors
-    assert torch.equal(image, dataset[Draw(2, 0)][0])
-    assert torch.equal(target, dataset[Draw(2, 0)][1])
+    assert torch.equal(image, dataset[SampleIndex(2, 0)][0])
+    assert torch.equal(target, dataset[SampleIndex(2, 0)][1])
     good = data.split("train").images[0].read_bytes()
     data.split("train").images[1].write_bytes(good)  # mended since: its answer is still that to no image
-    image, target, errors = dataset[Draw(1, 0)]
-    assert "image 1 could not be read when the teacher was asked" in errors
-    assert torch.equal(target, dataset[Draw(2, 0)][1])
+    image, target, errors = dataset[SampleIndex(1, 0)]
+    assert "image 1 could not be read when its labels were made" in errors
+    assert torch.equal(target, dataset[SampleIndex(2, 0)][1])
 
 
 @pytest.mark.slow
@@ -182,7 +184,7 @@ def test_labels_made_anew_at_the_same_place_are_the_new_ones(labels, teacher, tm
     for seed in (3, 4):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         list(write_soft_labels(tmp_path / "out", "digits", teacher, **{**OPTIONS, "seed": seed}))
-        dataset = ReplayDataset(tmp_path / "out", load_data("digits"), GREY)
+        dataset = SoftLabelDataset(tmp_path / "out", load_data("digits"), GREY)
         crop = dataset.label(0, 0)[0]
         shard = load_file(tmp_path / "out" / "labels-00000.safetensors")
         assert crop == tuple(shard["crops"][0, 0].tolist())
@@ -203,7 +205,7 @@ def test_a_teacher_that_changed_does_not_go_on(labels, teacher, tmp_path):
     model = SReT(replace(MODEL, drop_rate=0.0, drop_path_rate=0.0))
     try:
         save_weights(path, model.state_dict(), Card(config=model.config, preprocessing=GREY))
-        with pytest.raises(InputError, match="begun with other settings: teacher_digest was"):
+        with pytest.raises(InputError, match="started with other settings: teacher_digest was"):
             list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
     finally:
         path.write_bytes(before)

@@ -18,7 +18,7 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import DataLoader
 
-from sret.data.dataset import ImageDataset
+from sret.data.loading import ImageDataset
 from sret.data.preprocess import Encoded, Preprocessing
 from sret.data.sources import load_data
 from sret.data.sources import webdataset as shards
@@ -92,7 +92,7 @@ def labelled(values: Sequence[int], num_classes: int = 2) -> dict[str, bytes | s
 
 
 def sizes(data) -> dict[str, int]:
-    return {split: len(samples) for split, samples in data.given.items()}
+    return {split: len(samples) for split, samples in data.source_splits.items()}
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_parquet_files_are_splits_with_the_names_of_their_classes(tmp_path):
     assert data.name == str(root)
     assert sizes(data) == {"train": 16, "val": 4}
     assert data.class_names == ("cat", "dog")
-    train, val = data.given["train"], data.given["val"]
+    train, val = data.source_splits["train"], data.source_splits["val"]
     assert [value_of(image) for image in train.images] == list(range(16))
     assert [value_of(image) for image in val.images] == list(range(300, 304))
     assert train.labels == [value % 2 for value in range(16)]
@@ -120,16 +120,16 @@ def test_parquet_without_metadata_has_numbers_for_classes(tmp_path):
     data = load_data(str(path))  # given alone, a file is not divided whatever its name
     assert sizes(data) == {"all": 30}
     assert data.class_names == ("0", "1", "2")
-    assert data.given["all"].labels == [2, 0, 1] * 10
-    assert value_of(data.given["all"].images[29]) == 29
+    assert data.source_splits["all"].labels == [2, 0, 1] * 10
+    assert value_of(data.source_splits["all"].images[29]) == 29
     assert sum(len(samples) for samples in data.splits.values()) == 30
 
 
 def test_parquet_that_changed_is_read_anew(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", range(4))
-    assert value_of(load_data(str(path)).given["all"].images[0]) == 0
+    assert value_of(load_data(str(path)).source_splits["all"].images[0]) == 0
     write_parquet(path, range(100, 104))
-    assert value_of(load_data(str(path)).given["all"].images[0]) == 100
+    assert value_of(load_data(str(path)).source_splits["all"].images[0]) == 100
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_numbers_that_are_no_classes_are_refused(tmp_path, labels, message):
 
 def test_a_gap_in_the_numbers_is_told(tmp_path):
     path = write_plain_parquet(tmp_path / "a.parquet", [0, 4, 5])
-    with pytest.warns(InputWarning, match="taken for 6 classes, though 3 lack images"):
+    with pytest.warns(InputWarning, match="assuming 6 classes, of which 3 have no images"):
         assert len(load_data(str(path)).class_names) == 6
 
 
@@ -187,7 +187,7 @@ def test_rows_without_a_label_are_refused(tmp_path):
 def test_images_are_decoded_when_they_are_loaded_and_no_sooner(tmp_path):
     broken = [{"bytes": b"no image", "path": None}, None, {"bytes": png(2), "path": "x"}]
     path = write_parquet(tmp_path / "a.parquet", range(3), img=broken)
-    images = load_data(str(path)).given["all"].images
+    images = load_data(str(path)).source_splits["all"].images
     assert value_of(images[2]) == 2
     for row in (0, 1):
         with pytest.raises(InputError, match=rf"a\.parquet, all, row {row}: not an image"):
@@ -275,8 +275,8 @@ def test_a_hub_set_has_our_splits_and_no_hidden_labels(hub):
     assert data.name == "hf:some/set@small"
     assert sizes(data) == {"train": 6, "val": 2}
     assert data.class_names == ("cat", "dog")
-    assert [value_of(image) for image in data.given["val"].images] == [6, 7]
-    assert data.given["train"].images[1] == Encoded("hf:some/set@small, train, row 1", png(1))
+    assert [value_of(image) for image in data.source_splits["val"].images] == [6, 7]
+    assert data.source_splits["train"].images[1] == Encoded("hf:some/set@small, train, row 1", png(1))
 
 
 def test_the_only_split_of_a_hub_set_is_divided_unless_it_is_one_of_ours(hub):
@@ -306,7 +306,7 @@ def test_a_hub_set_made_of_files_gives_their_paths(hub, tmp_path):
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "a.png")}], "label": [0]}
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["cat"])})
     hub["hf://datasets/some/set", None] = DatasetDict(train=Dataset.from_dict(rows, features=features))
-    image = load_data("hf:some/set").given["train"].images[0]
+    image = load_data("hf:some/set").source_splits["train"].images[0]
     assert image == tmp_path / "a.png"
     assert value_of(image) == 7
 
@@ -319,7 +319,7 @@ def test_a_hub_set_made_of_files_gives_their_paths(hub, tmp_path):
             ValueError("Config name is missing.\nPlease pick one: ['a', 'b']"),
             r"\['a', 'b'\]; write hf:owner/name@config",
         ),
-        (PermissionError(13, "Permission denied", "/home"), "Permission denied.*; HF_HOME says"),
+        (PermissionError(13, "Permission denied", "/home"), "Permission denied.*; HF_HOME sets"),
     ],
 )
 def test_what_the_hub_answers_is_one_line_that_says_what_would_work(hub, error, message):
@@ -338,7 +338,7 @@ def test_a_hub_set_is_not_a_local_folder_and_needs_a_network(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["hf:", "hf:parquet", "hf:/etc/x", "hf:a/b/c", "hf:a/b@"])
 def test_hub_names_have_one_form(name):
-    with pytest.raises(InputError, match="is written hf:owner/name"):
+    with pytest.raises(InputError, match="as hf:owner/name"):
         load_data(name)
 
 
@@ -386,7 +386,7 @@ def test_shards_are_read_in_any_order(tmp_path):
     data = load_data(str(tmp_path))
     assert sizes(data) == {"train": 12, "val": 2}
     assert data.class_names == ("cat", "dog")
-    train = data.given["train"]
+    train = data.source_splits["train"]
     order = np.random.default_rng(0).permutation(12)
     assert [value_of(train.images[i]) for i in order] == order.tolist()
     assert len(list(train.images)) == 12
@@ -411,7 +411,7 @@ def test_an_index_is_made_once_for_a_shard_that_does_not_change(tmp_path, monkey
 
     def read() -> list[int]:
         made.clear()
-        return [value_of(image) for image in load_data(str(tmp_path)).given["all"].images]
+        return [value_of(image) for image in load_data(str(tmp_path)).source_splits["all"].images]
 
     assert (read(), sorted(made)) == ([0, 1], ["a.tar", "b.tar"])
     assert (read(), made) == ([0, 1], [])
@@ -452,7 +452,7 @@ def test_a_shard_with_a_damaged_header_or_a_second_archive_behind_it_is_refused(
 
 def test_a_shard_that_is_cut_while_it_is_in_use_is_named(tmp_path):
     path = write_shard(tmp_path / "a.tar", labelled(range(2)))
-    images = load_data(str(tmp_path)).given["all"].images
+    images = load_data(str(tmp_path)).source_splits["all"].images
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"a\.tar: k1: cannot be read, the file became shorter"):
         images[1]
@@ -502,14 +502,14 @@ def test_processes_that_load_images_read_the_same_bytes(tmp_path, kind, start):
     suffix = {"parquet": "parquet", "shards": "tar"}[kind]
     for part in range(3):
         write(tmp_path / "x" / f"train-{part}.{suffix}", range(20 * part, 20 * part + 20))
-    samples = load_data(str(tmp_path / "x")).given["train"]
+    samples = load_data(str(tmp_path / "x")).source_splits["train"]
     assert value_of(samples.images[0]) == 0  # whatever is opened at the first use is open
     if start == "spawn":  # which sends the images pickled; without the 5 seconds it takes to import torch
         samples = pickle.loads(pickle.dumps(samples))
         assert [value_of(image) for image in samples.images] == list(range(60))
         return
     order = np.random.default_rng(0).permutation(60).tolist()
-    dataset = ImageDataset(samples.take(order), RGB)
+    dataset = ImageDataset(samples.subset(order), RGB)
     seen = []
     for tensors, labels, errors in DataLoader(dataset, 8, num_workers=2, multiprocessing_context=start):
         assert not any(errors)
@@ -527,8 +527,8 @@ def test_processes_that_load_images_read_the_same_bytes(tmp_path, kind, start):
         (["train-0", "imagenet1k-train-0001", "val-0", "TEST"], {"train": 2, "val": 1, "test": 1}),
         (["train/0", "training/0", "data/validation/0", "data/0-valid"], {"train": 2, "val": 2}),
         (["trained", ".train-0"], {"all": 1}),
-        (["train-0", "other"], "other.* does not say which split it is of"),
-        (["test-of-train"], "says both test and train"),
+        (["train-0", "other"], "other.* has no split in its name"),
+        (["test-of-train"], "contains both test and train"),
     ],
 )
 def test_the_split_is_a_word_of_a_file_or_of_its_folder(tmp_path, files, suffix, expected):
@@ -545,11 +545,11 @@ def test_the_split_is_a_word_of_a_file_or_of_its_folder(tmp_path, files, suffix,
 def test_a_folder_is_what_it_holds(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.png").write_bytes(png(0))
-    assert isinstance(load_data(str(tmp_path)).given["all"].images[0], Path)
+    assert isinstance(load_data(str(tmp_path)).source_splits["all"].images[0], Path)
     write_shard(tmp_path / "x.tar", labelled([1], 1))
-    assert "x.tar" in load_data(str(tmp_path)).given["all"].images[0].name
+    assert "x.tar" in load_data(str(tmp_path)).source_splits["all"].images[0].name
     write_parquet(tmp_path / "x.parquet", [2])
-    assert value_of(load_data(str(tmp_path)).given["all"].images[0]) == 2
+    assert value_of(load_data(str(tmp_path)).source_splits["all"].images[0]) == 2
     for split in ("train", "val"):  # as torchvision unpacks ImageNet, beside the tar files it came in
         (tmp_path / split / "cat").mkdir(parents=True)
         (tmp_path / split / "cat" / "a.png").write_bytes(png(3))
@@ -615,9 +615,11 @@ def test_cifar_is_read_from_torchvisions_files(tmp_path, monkeypatch, name, num_
     data = load_data(name)
     assert (data.name, sizes(data), data.in_chans, data.crop_pct) == (name, {"train": 10, "test": 2}, 3, 1.0)
     assert data.class_names == tuple(f"class {k}" for k in range(num_classes))
-    assert data.given["train"].labels == list(range(10))
-    assert [image.getpixel((5, 5)) for image in data.given["train"].images] == [(10 * i, 0, 0) for i in range(10)]
-    assert [image.getpixel((5, 5))[0] for image in data.given["test"].images] == [100, 110]
+    assert data.source_splits["train"].labels == list(range(10))
+    assert [image.getpixel((5, 5)) for image in data.source_splits["train"].images] == [
+        (10 * i, 0, 0) for i in range(10)
+    ]
+    assert [image.getpixel((5, 5))[0] for image in data.source_splits["test"].images] == [100, 110]
 
 
 @pytest.mark.parametrize(("name", "first"), [("mnist", "0"), ("fashion-mnist", "T-shirt/top")])
@@ -626,8 +628,8 @@ def test_mnist_is_read_from_torchvisions_files(tmp_path, name, first):
     data = load_data(name)
     assert (data.name, sizes(data), data.in_chans) == (name, {"train": 10, "test": 2}, 1)
     assert data.class_names[0] == first
-    assert data.given["train"].labels == list(range(10))
-    assert [image.getpixel((5, 5)) for image in data.given["train"].images] == [10 * i for i in range(10)]
+    assert data.source_splits["train"].labels == list(range(10))
+    assert [image.getpixel((5, 5)) for image in data.source_splits["train"].images] == [10 * i for i in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -642,7 +644,7 @@ def test_where_nothing_can_be_downloaded_the_place_is_named(tmp_path, monkeypatc
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fail)
-    message = rf"{name} is kept in .*Name or service not known.*{by_hand.format(root=tmp_path / 'sets')}.* SRET_DATA"
+    message = rf"{name} in .*Name or service not known.*{by_hand.format(root=tmp_path / 'sets')}.* SRET_DATA"
     with pytest.raises(InputError, match=message) as caught:
         load_data(name)
     assert "\n" not in str(caught.value)
@@ -652,5 +654,5 @@ def test_damaged_files_of_torchvision_are_told(tmp_path):
     write_mnist(tmp_path / "sets", "MNIST")
     path = tmp_path / "sets" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"mnist is kept in .*shape.* is invalid.*; remove what is damaged"):
+    with pytest.raises(InputError, match=r"mnist in .*shape.* is invalid.*; remove damaged files"):
         load_data("mnist")

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sret import InputError
 from sret.layers import ConvPool, ConvStem
 from sret.models.config import STEM_STRIDES
 
@@ -22,8 +21,3 @@ def test_the_pool_halves_and_mixes_no_channels(size):
     assert y.shape == (1, 8, -(-size[0] // 2), -(-size[1] // 2))
     y[:, 2:4].sum().backward()  # outputs 2 and 3 are made of input 1
     assert [bool(g.any()) for g in x.grad[0]] == [False, True, False, False]
-
-
-def test_channels_that_are_no_multiple_are_refused():
-    with pytest.raises(InputError, match="12 channels cannot follow one of 8"):
-        ConvPool(8, 12)

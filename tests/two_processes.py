@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sret import ModelConfig, StageConfig
 from sret.data.config import Augmentation
-from sret.training.config import Launch, TrainConfig
+from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
 from sret.training.loop import train
@@ -42,14 +42,14 @@ ADAM = replace(RECIPE, optimizer="adamw", learning_rate=1e-3, layer_decay=0.8, f
 DEEPER = ((4, 2, 2, 1, 2, 4, 1, 2, 1, 4, 2), (1,) * 8)
 POLICIES = ("pass", "nested", "reversible", "truncated:2")
 LAYOUTS = {
-    "ddp": Launch(),
-    "sharded": Launch(fsdp=True),
-    **{f"ddp_{policy}": Launch() for policy in POLICIES},
-    **{f"sharded_{policy}": Launch(fsdp=True) for policy in POLICIES},
-    "sharded_accumulated": Launch(fsdp=True, grad_accum_steps=2),
-    "ddp_accumulated": Launch(grad_accum_steps=2),
-    "ddp_bf16": Launch(),
-    "sharded_bf16": Launch(fsdp=True),
+    "ddp": RuntimeConfig(),
+    "sharded": RuntimeConfig(fsdp=True),
+    **{f"ddp_{policy}": RuntimeConfig() for policy in POLICIES},
+    **{f"sharded_{policy}": RuntimeConfig(fsdp=True) for policy in POLICIES},
+    "sharded_accumulated": RuntimeConfig(fsdp=True, grad_accum_steps=2),
+    "ddp_accumulated": RuntimeConfig(grad_accum_steps=2),
+    "ddp_bf16": RuntimeConfig(),
+    "sharded_bf16": RuntimeConfig(fsdp=True),
 }
 
 
@@ -67,11 +67,11 @@ def recipe_of(name: str) -> TrainConfig:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    for name, launch in LAYOUTS.items():
-        train(recipe_of(name), out / name, max_steps=STEPS, launch=launch)
+    for name, runtime in LAYOUTS.items():
+        train(recipe_of(name), out / name, max_steps=STEPS, runtime=runtime)
     for name in ("sharded", "ddp"):  # begun by one process (and "sharded" by two of DDP in between)
-        launch = Launch(fsdp=name == "sharded")
-        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, launch=Launch())
-        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, launch=launch)
-    train(RECIPE, out / "back", max_steps=3, launch=Launch(fsdp=True))
+        runtime = RuntimeConfig(fsdp=name == "sharded")
+        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, runtime=RuntimeConfig())
+        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, runtime=runtime)
+    train(RECIPE, out / "back", max_steps=3, runtime=RuntimeConfig(fsdp=True))
     list(write_soft_labels(out / "labels", "digits", Distillation(teacher=str(out / "ddp" / BEST)), crops=1))

@@ -1,6 +1,7 @@
-"""Errors that a user can cause and correct, and the phrases that their messages are made of."""
+"""Errors and warnings for users, and helpers that build their messages."""
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +12,22 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Something that the user should know of and may want to change."""
+    """A problem that does not stop the command, and that the user may want to correct."""
 
 
 @contextmanager
 def error_prefix(subject: object) -> Iterator[None]:
-    """Within this context an `InputError` gets a prefix that says what it is about, such as a file."""
+    """Within this context an `InputError` gets a prefix, such as the name of a file."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{subject}: {error}") from error.__cause__
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Text or a path for a terminal or a table: control characters and bytes other than UTF-8 become \n, \xe9, ..."""
+    decoded = os.fsencode(text).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -55,7 +62,18 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-# Wording of torch's allocators for Linux and Windows, of C++, oneDNN, MPS and CUDA's libraries.
+def describe_lost_worker(error: BaseException) -> str | None:
+    """What a user can do about a process that loads images and was ended, or got no shared memory; None of others."""
+    signs = ("</torch_", "killed by signal", "exited unexpectedly")  # of torch's DataLoader
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs):
+        return (
+            "a process that loads images was ended: memory, or shared memory (/dev/shm), ran out; use fewer "
+            "--num_workers (0 needs least), or give more, such as docker run --shm-size 8g"
+        )
+    return None
+
+
+# Messages of torch's allocators on Linux and Windows, of C++, oneDNN, MPS and CUDA's libraries.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",

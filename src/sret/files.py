@@ -1,20 +1,23 @@
-"""Files that are whole or absent, their digests, the user's cache, and sizes as text."""
+"""Writes files atomically; digests of files, the user's cache folder, sizes as text."""
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TEMPORARY = ".tmp"  # suffix of files that are being written
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synchronised and renamed, on an error removed.
+    """Yields a temporary path in the same folder; afterwards it is renamed to `path`, or removed after an error.
 
-    At every moment `path` is the old file or the new one, whole.
+    At every moment `path` is either the complete old file or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed process's leftover is overwritten
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")  # no other process writes to it
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -25,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` through a temporary file, so that an interrupted write leaves the old file whole."""
+    """Writes `content` to `path` through a temporary file, so that an interrupted write keeps the old file."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from sret.checkpoints import download
 from sret.errors import InputError, did_you_mean
 from sret.models.config import ModelConfig
+from sret.models.timm_cfg import timm_cfg
 from sret.models.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 if TYPE_CHECKING:
@@ -18,19 +18,9 @@ if TYPE_CHECKING:
 
 
 def _default_cfg(name: str, release: Release | None = None) -> dict[str, Any]:
-    config = config_of(name)
-    height, width = config.input_size
     return {
+        **timm_cfg(config_of(name)),
         "url": download.drive_url(release.drive_id) if release else "",
-        "num_classes": config.num_classes,
-        "input_size": (3, height, width),
-        "pool_size": config.grids()[-1],
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head",
         "origin_url": "https://github.com/szq0214/SReT",
         "paper_ids": "arXiv:2111.05297",
     }
@@ -42,25 +32,28 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """What timm's entry points do, with files read by `sret.checkpoints.adapt` instead of timm's loader."""
-    # Here, because this module is imported while timm is, perhaps in the midst of an import of these.
+    """Builds a model as timm's entry points do, but reads files by `sret.checkpoints.adapt`, not by timm's loader."""
+    # Imported here, because this module is imported while timm is, perhaps during an import of these modules.
     from sret.checkpoints.adapt import transfer_file
     from sret.models.sret import SReT
 
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     path: Path | str | None = None
     if pretrained and not source.state_dict:
-        path = source.file or (download.fetch(str(source.url)) if download.is_drive_url(source.url) else None)
+        if source.file and not Path(source.file).is_dir():  # a folder comes from timm's "local-dir:"
+            path = source.file
+        elif download.is_drive_url(source.url) and source.source not in ("hf-hub", "local-dir"):
+            path = download.fetch(str(source.url))
 
-    def build(cfg: ModelConfig, **options: Any) -> "SReT":
+    def build(cfg: ModelConfig, device: Any = None, dtype: Any = None, **options: Any) -> "SReT":
         names = list(cfg.to_dict())
         for name in options:
             if name not in names:
                 raise InputError(
                     f"a model has no option {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
                 )
-        model = SReT(replace(cfg, **options))
-        if path:  # here, since timm prunes what `features_only` does not need
+        model = SReT(replace(cfg, **options)).to(device, dtype)
+        if path:  # now, because timm removes what `features_only` does not need afterwards
             transfer_file(model, path)
         return model
 
@@ -69,9 +62,25 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained and not path,
         model_cfg=CONFIGS[variant],
-        feature_cfg={"out_indices": tuple(range(len(CONFIGS[variant].stages))), "feature_cls": "getter"},
+        pretrained_filter_fn=_resized,
+        feature_cfg={
+            "out_indices": tuple(range(len(CONFIGS[variant].stages))),
+            "feature_cls": "getter",
+            "flatten_sequential": True,
+        },
         **kwargs,
     )
+
+
+def _resized(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Called by timm's loader for weights of its hub or a folder: resizes the position embedding for the model.
+
+    timm itself adapts the first convolution and the classifier.
+    """
+    from sret.layers.position import resize
+
+    grid = model.state_dict()["pos_embed.weight"].shape[-2:]
+    return {**state_dict, "pos_embed.weight": resize(state_dict["pos_embed.weight"], (grid[0], grid[1]))}
 
 
 def _register(variant: str) -> None:

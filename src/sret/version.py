@@ -1,4 +1,4 @@
-"""The version of the package, and of what its numbers depend on."""
+"""Versions of the package, of torch and Python, and the commit."""
 
 import platform
 import subprocess

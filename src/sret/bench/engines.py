@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sret.export.export import to_onnx
+from sret.export.onnx import to_onnx
 from sret.export.runtime import Exported, import_openvino, openvino_runner
 from sret.models.fuse import fuse
 from sret.models.sret import SReT

@@ -144,33 +144,66 @@ def bench(
         about = _about(settings, device, peaks, {engine for _, engine, _ in runs})
 
     first, first_model = next(iter(seconds)), next(iter(sources))
-    rows = []
-    for (name, engine, dtype), times in seconds.items():
-        subject, median = subjects[name], statistics.median(times)
-        same = seconds.get((first_model, engine, dtype))
-        flops = 2 * macs[name] * settings.batch_size * (TRAINING_MACS if settings.is_training else 1)
-        peak = memory[name, engine, dtype]
-        rows.append(
-            Row(
-                model=name,
-                engine=engine,
-                dtype=dtype,
-                is_ours=isinstance(subject.model, SReT | Exported),
-                pixels=(subject.images.shape[2], subject.images.shape[3]),
-                parameters=_parameters(subject.model),
-                macs=macs[name],
-                ms_per_image=1e3 * median / settings.batch_size,
-                iqr_percent=100 * spread(times),
-                images_per_s=settings.batch_size / median,
-                vs_first=ratio(times, seconds[first]),
-                vs_first_model=ratio(times, same) if same else None,
-                percent_of_roofline=100 * flops / median / peaks[dtype] if dtype in peaks else None,
-                peak_mib=None if peak is None else peak / MIB,
-                difference=differences.get((name, engine, dtype)),
-                seconds=tuple(times),
-            )
+    rows = [
+        _row(
+            key,
+            subjects[key[0]],
+            settings,
+            times,
+            reference=seconds[first],
+            same=seconds.get((first_model, *key[1:])),
+            macs=macs[key[0]],
+            peak_flops=peaks.get(key[2]),
+            peak_bytes=memory[key],
+            difference=differences.get(key),
         )
+        for key, times in seconds.items()
+    ]
     return Report(about, tuple(rows), tuple(left_out))
+
+
+def _row(
+    key: Key,
+    subject: Subject,
+    settings: Settings,
+    seconds: Sequence[float],
+    *,
+    reference: Sequence[float],
+    same: Sequence[float] | None,
+    macs: int,
+    peak_flops: float | None,
+    peak_bytes: int | None,
+    difference: float | None,
+) -> Row:
+    """One contender's row.
+
+    Args:
+        seconds: per batch, of each round; `reference` of the first contender; `same` of the first model under the same
+            engine and dtype.
+        macs: for one image.
+        peak_flops: per second, of the fastest matrix product.
+    """
+    name, engine, dtype = key
+    median = statistics.median(seconds)
+    flops = 2 * macs * settings.batch_size * (TRAINING_MACS if settings.is_training else 1)
+    return Row(
+        model=name,
+        engine=engine,
+        dtype=dtype,
+        is_ours=isinstance(subject.model, SReT | Exported),
+        pixels=(subject.images.shape[2], subject.images.shape[3]),
+        parameters=_parameters(subject.model),
+        macs=macs,
+        ms_per_image=1e3 * median / settings.batch_size,
+        iqr_percent=100 * spread(seconds),
+        images_per_s=settings.batch_size / median,
+        vs_first=ratio(seconds, reference),
+        vs_first_model=ratio(seconds, same) if same else None,
+        percent_of_roofline=100 * flops / median / peak_flops if peak_flops else None,
+        peak_mib=None if peak_bytes is None else peak_bytes / MIB,
+        difference=difference,
+        seconds=tuple(seconds),
+    )
 
 
 def _macs(subject: Subject) -> int:

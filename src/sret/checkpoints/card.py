@@ -1,11 +1,9 @@
-"""Reads and writes weights, with all that is needed to rebuild the model, and the state of a training run.
+"""Reads and writes weights files, with everything that is needed to rebuild the model.
 
-A weights file is safetensors; its metadata says what the weights are (a `Card`). The state of a run is a `torch.save`
-file of tensors and plain values, read with `weights_only=True`. Both are written aside, synchronised and renamed, so
-that an interrupted save leaves the previous file whole.
+A weights file is safetensors; its metadata holds a `Card` and the checksum of the weights. It is written to a temporary
+file, synchronised and renamed, so that an interrupted save leaves the previous file complete.
 """
 
-import io
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -16,14 +14,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sret.checkpoints.files import read_pickle, read_safetensors
-from sret.checkpoints.official import load_strictly
+from sret.checkpoints.files import CHECKSUM_KEY, checksum, read_safetensors
+from sret.checkpoints.official import check_fit, load_strictly
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, error_prefix, first_few
 from sret.files import write_atomically
 from sret.models.config import ModelConfig
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
+from sret.models.timm_cfg import timm_cfg
 
 METADATA_KEY = "sret"
 FORMAT = 2  # of a card; another one is refused
@@ -35,7 +34,7 @@ class _OtherFormat(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a weights file says of itself.
+    """The metadata of a weights file: what the weights are and how to use them.
 
     Attributes:
         config: rebuilds the model.
@@ -62,7 +61,7 @@ class Card:
         """Raises `InputError` if the classes of some data, in the order of their labels, are not these."""
         if self.config.num_classes != len(class_names):
             raise InputError(
-                f"the checkpoint knows {self.config.num_classes} classes, {data_name} has {len(class_names)}; "
+                f"the checkpoint has {self.config.num_classes} classes, {data_name} has {len(class_names)}; "
                 "give data with the same classes"
             )
         if self.class_names and self.class_names != class_names:
@@ -82,34 +81,75 @@ class Card:
             raise _OtherFormat(
                 f"written in format {found} by {age} version of sret; this version reads format {FORMAT}: {cure}"
             )
+        config, preprocessing = ModelConfig.from_dict(values["config"]), Preprocessing(**values["preprocessing"])
+        if (config.in_chans, *config.input_size) != (len(preprocessing.mean), *preprocessing.img_size):
+            raise InputError(
+                f"the model takes {config.in_chans} channels of {config.input_size} pixels, and images are prepared as "
+                f"{len(preprocessing.mean)} of {preprocessing.img_size}"
+            )
+        names, training = values["class_names"], values["training"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError("class_names is not a list of names")
+        for key in ("recipe", "data", "metrics", "versions"):
+            if not isinstance(training.get(key, {}), dict):
+                raise InputError(f"{key} of its training is {training[key]!r}")
+        if not isinstance(training.get("recipe", {}).get("data", ""), str):
+            raise InputError(f"its training was on {training['recipe']['data']!r}, which is no name")
         return cls(
-            config=ModelConfig.from_dict(values["config"]),
-            preprocessing=Preprocessing(**values["preprocessing"]),
-            class_names=tuple(values["class_names"]),
-            training=values["training"],
-            is_fused=values["is_fused"],
+            config=config,
+            preprocessing=preprocessing,
+            class_names=tuple(names),
+            training=training,
+            is_fused=values["is_fused"] is True,
         )
 
 
 def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
     """A safetensors file of the weights, each tensor once, with the card in its metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
-    write_atomically(path, save(tensors, metadata={"format": "pt", METADATA_KEY: card.to_json()}))
+    metadata = {"format": "pt", METADATA_KEY: card.to_json(), CHECKSUM_KEY: checksum(tensors)}
+    write_atomically(path, save(tensors, metadata=metadata))
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
     """The model of a weights file, in evaluation mode, and its card.
 
-    Raises `InputError` for a file that is missing, truncated or not of `sret`.
+    Raises `InputError` for a file that is missing, damaged, or was not written by `sret`.
     """
     state_dict, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
         raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
     card = read_card(path, metadata[METADATA_KEY])
-    model = fuse(SReT(card.config)) if card.is_fused else SReT(card.config)
     with error_prefix(path):
+        _check_fit(card, state_dict)
+        model = _build(card)
         load_strictly(model, state_dict)
+    preprocessing = card.preprocessing
+    model.pretrained_cfg = model.default_cfg = {
+        **timm_cfg(
+            card.config,
+            preprocessing.mean,
+            preprocessing.std,
+            preprocessing.crop_pct,
+            preprocessing.interpolation,
+        ),
+        "input_size": (card.config.in_chans, *preprocessing.img_size),
+        "label_names": card.class_names or None,
+    }
     return model.eval(), card
+
+
+def _build(card: Card) -> SReT:
+    return fuse(SReT(card.config)) if card.is_fused else SReT(card.config)
+
+
+def _check_fit(card: Card, state_dict: dict[str, Tensor]) -> None:
+    """Raises `InputError` if the weights are not of the card's model, before that takes memory or time."""
+    blocks = sum(stage.num_blocks for stage in card.config.stages)
+    if blocks > 100 + len(state_dict):  # a block takes 5 ms to build, even without memory
+        raise InputError(f"these weights do not fit the model: it has {blocks:,} blocks, they are {len(state_dict):,}")
+    with torch.device("meta"):
+        check_fit(state_dict, _build(card))
 
 
 def read_card(path: str | os.PathLike[str], text: str) -> Card:
@@ -118,25 +158,13 @@ def read_card(path: str | os.PathLike[str], text: str) -> Card:
         return Card.from_json(text)
     except _OtherFormat as error:
         raise InputError(f"{path}: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"{path}: its metadata cannot be read by this version of sret ({error})") from error
 
 
 def load(path: str | os.PathLike[str]) -> SReT:
     """The model of a weights file written by `sret train` or `sret convert`, in evaluation mode.
 
-    Raises `InputError` for a file that is missing, truncated or not of `sret`.
+    Raises `InputError` for a file that is missing, damaged, or was not written by `sret`.
     """
     return load_weights(path)[0]
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """The state of a run: tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises `InputError` for a file that is truncated or holds code."""
-    return read_pickle(path)

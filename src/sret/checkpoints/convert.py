@@ -1,4 +1,4 @@
-"""Converts files of the authors' release into ours and back."""
+"""Converts the authors' checkpoints into our weights files, and back."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
     """Converts a checkpoint and returns a line that says what was written.
 
     Args:
-        source: whatever `resolve` takes: one of the authors' files, a published name (then fetched), or a file of ours.
+        source: as in `resolve`: one of the authors' files, a published name (downloaded), or one of our files.
         target: a new file, `.safetensors` for ours or `.pth` for the authors' format.
         variant: which model the authors' file is; by default found from its shapes and name.
 
@@ -25,11 +25,11 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
     if target.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{target}: OUT ends in .safetensors (ours) or .pth (the authors' format)")
     if target.exists():
-        raise InputError(f"{target} exists already; remove it, or name another file")
+        raise InputError(f"{target} exists already; remove it, or choose another file")
     model, card = resolve(source, variant)
     if target.suffix == ".pth":
         if card.is_fused:
-            raise InputError(f"{source} is of a fused model, for inference only; take the weights it was made of")
+            raise InputError(f"{source} holds a fused model, for inference only; use the weights it was made from")
         buffer = io.BytesIO()
         torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
         write_atomically(target, buffer.getvalue())

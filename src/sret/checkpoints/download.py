@@ -1,4 +1,4 @@
-"""Fetches published checkpoints, once, from the public Drive ids that the authors list."""
+"""Downloads published checkpoints from the authors' public Drive ids, once."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from sret.models.variants import RELEASES
 
 
 def drive_url(drive_id: str) -> str:
-    """Where a public Drive file is looked at and fetched."""
+    """The address of a public Drive file."""
     return f"https://drive.google.com/uc?id={drive_id}"
 
 
@@ -21,7 +21,7 @@ def is_drive_url(url: object) -> bool:
 
 
 def cache_dir() -> Path:
-    """Where fetched files are kept: under torch's hub directory, as timm's are."""
+    """The folder of downloaded files: in torch's hub directory, as timm's are."""
     return Path(torch.hub.get_dir()) / "checkpoints" / "sret"
 
 
@@ -41,7 +41,7 @@ def fetch(url: str) -> Path:
     partial = path.with_suffix(f".{os.getpid()}.part")
     try:
         gdown.download(url=url, output=str(partial), quiet=False)
-        read_pickle(partial)  # Drive answers with a page of text when a quota is exceeded: never cache that
+        read_pickle(partial)  # when a quota is exceeded, Drive sends a web page: do not cache that
         partial.replace(path)
     except Exception as error:
         raise InputError(

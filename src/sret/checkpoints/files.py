@@ -1,10 +1,12 @@
-"""Reads files of weights so that they cannot run code, with errors that name the file and what is wrong with it."""
+"""Reads weights files safely: they cannot run code, and errors name the file and the problem."""
 
 import argparse
+import hashlib
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +16,22 @@ from sret.errors import InputError
 
 StateDict = dict[str, Tensor]
 
+CHECKSUM_KEY = "sha256"  # in the metadata of safetensors files
 EXPORTED_SUFFIXES = (".onnx", ".xml")  # of what `sret export` writes
 
 
-def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a `torch.save` file holds, if that is tensors, plain values and at most an `argparse.Namespace`.
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the contents of named tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_pickle(path: str | os.PathLike[str], content: BinaryIO | None = None) -> dict[str, Any]:
+    """What a `torch.save` file holds, which may be tensors, plain values and an `argparse.Namespace`.
+
+    If `content` is given, it is read instead of the file; `path` then only names it in errors.
 
     Raises `InputError` for a truncated or foreign file and for one that would run code.
     """
@@ -26,14 +39,14 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(content or path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(f"{path}: not a PyTorch checkpoint, or a truncated one") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, not a checkpoint")
+    return found
 
 
 def _refusal(path: str | os.PathLike[str]) -> str:
@@ -49,7 +62,10 @@ def _refusal(path: str | os.PathLike[str]) -> str:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises `InputError` if it is not a whole one."""
+    """The tensors and the metadata of a safetensors file.
+
+    Raises `InputError` if it is not a whole one, or its tensors have another checksum than the metadata says.
+    """
     path = Path(path)
     if path.is_dir():
         inside = "".join(f"; did you mean {file}?" for file in sorted(path.glob("best.safetensors")))
@@ -58,9 +74,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str,
         raise InputError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
         if path.suffix in EXPORTED_SUFFIXES:
-            hint = " (an exported model answers, but its weights cannot be taken out again)"
+            hint = " (an exported model; use the weights it was exported from)"
         raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
+    if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != checksum(tensors):
+        raise InputError(f"{path}: damaged, the checksum of its tensors is wrong")
+    return tensors, metadata

@@ -1,10 +1,10 @@
-"""Translates checkpoints of the authors into ours and back; the only place that knows their key names.
+"""Translates the authors' checkpoints into ours and back; no other module knows their key names.
 
-The authors' files are pickles of `{"model": state dict, maybe "args": argparse.Namespace, ...}`. A shared block stands
-there once per pass, under every position of its stage at which it is used: with R passes, pass r of block i is
-position 2 (i R + r), and the projection that follows it the next one.
+The authors' files are pickles of `{"model": state dict, maybe "args": argparse.Namespace, ...}`. A shared block is
+stored once per pass, under each position of its stage at which it is used: with R passes, pass r of block i is position
+2 (i R + r), and the projection after it is the next position.
 
-No checksums are published; what a file holds is checked key by key and shape by shape.
+No checksums are published, so files are checked key by key and shape by shape.
 """
 
 import functools
@@ -117,7 +117,7 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def _differences(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
-    """What separates two sets of named shapes, one phrase each."""
+    """The differences between two sets of named shapes, one phrase each."""
     wrong = [f"missing {key}" for key in expected if key not in found]
     wrong += [f"unexpected {key}" for key in found if key not in expected]
     wrong += [
@@ -145,7 +145,7 @@ def _likeliest(state_dict: Mapping[str, Tensor]) -> str:
 def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
     """Variants whose keys and shapes the authors' state dict has, whatever its number of classes.
 
-    Slices leave no trace in the weights, so that the sliced and unsliced models of one size all fit.
+    Weights do not depend on slices, so the sliced and unsliced models of one size all fit.
     """
     shapes = {key: tensor.shape for key, tensor in state_dict.items() if not key.startswith("head.")}
     return [
@@ -159,8 +159,8 @@ def has_shapes_of(config: ModelConfig, official: Mapping[str, Tensor]) -> bool:
     """Whether the authors' state dict is one of `config`, with any classes, channels and size of images."""
     found = {key: tensor.shape for key, tensor in official.items()}
     try:
-        return not _differences(found, _shapes(fitted(config, official)))
-    except InputError:  # images that this one cannot slice
+        return not _differences(found, _shapes(matching_config(config, official)))
+    except InputError:  # an image size that this model cannot slice
         return False
 
 
@@ -177,7 +177,7 @@ def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
 
 
 def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
-    """The variant of the authors' state dict; `hint`, a file or model name, tells models of one shape apart.
+    """The variant of the authors' state dict; `hint`, a file or model name, distinguishes models of equal shapes.
 
     Warns if the hint does not decide; raises `InputError` if nothing fits.
     """
@@ -190,12 +190,12 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     sliced = [variant for variant in fitting if "unsliced" not in variant]
     if re.search(r"16[-_]14[-_]1", hint) and "sret_lt_16_14_1" in sliced:
         return "sret_lt_16_14_1"
-    # A size without further words is its sliced model. Of LT two sliced ones are published, but one distilled.
+    # A size alone means its sliced model. Two sliced LT models are published, but only one is distilled.
     is_named = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
     if len(fitting) > 1 and not is_named:
         warnings.warn(
-            f"slices leave no trace in weights: taking them for {fitting[0]}, "
-            f"but they fit {' and '.join(fitting[1:])} as well; name the variant if it is another one",
+            f"weights do not show their slices: loading them as {fitting[0]}, but they also fit "
+            f"{' and '.join(fitting[1:])}; if it is one of these, give the variant",
             InputWarning,
             stacklevel=3,
         )
@@ -209,19 +209,19 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
         path: a file of the authors' release, or of training with their code, with any number of classes.
         variant: which model it is; by default found from shapes, the file's name and the arguments saved inside.
 
-    Raises `InputError` if the file cannot be read safely, or fits no variant or not the one named.
+    Raises `InputError` if the file cannot be read safely, fits no variant, or does not fit the given one.
     """
     state_dict, trained_as = read_official(path)
     with error_prefix(path):
         if variant is None:
             variant = identify(state_dict, f"{trained_as or ''} {Path(path).name}")
-        config = fitted(config_of(variant), state_dict)
+        config = matching_config(config_of(variant), state_dict)
         model = SReT(config)
         model.load_state_dict(from_official(state_dict, config))
     return model.eval()
 
 
-def fitted(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
+def matching_config(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
     """`config` with the classes, channels and image size that a state dict, the authors' or ours, is made for."""
     changes: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
     for key, tensor in state_dict.items():
@@ -235,10 +235,10 @@ def fitted(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig
 
 
 def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
-    """Our state dict into a model that may differ in image size, input channels and number of classes.
+    """Loads our state dict into a model that may differ in image size, input channels and number of classes.
 
-    The position embedding is resized, the first convolution adapted to the channels, and a classifier for another
-    number of classes left as it was initialised. Raises `InputError` if anything else does not fit.
+    The position embedding is resized, the first convolution is adapted to the channels, and a classifier for another
+    number of classes keeps its initial values. Raises `InputError` if anything else does not fit.
     """
     expected = model.state_dict()
     adapted = dict(state_dict)
@@ -253,20 +253,20 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
         weight = adapted["stem.conv1.weight"]
         if weight.shape[1] == 3:
             adapted["stem.conv1.weight"] = adapt_input_conv(model.in_chans, weight)
-        else:  # timm adapts from three channels only: others see the mean of the channels in each
+        else:  # timm adapts only from three channels; otherwise every channel gets the mean weight
             grey = weight.sum(1, keepdim=True)
             adapted["stem.conv1.weight"] = grey.repeat(1, model.in_chans, 1, 1) / model.in_chans
     load_strictly(model, adapted)
 
 
 def load_strictly(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
-    """Our state dict into a model that has exactly its keys and shapes; raises `InputError` naming what differs."""
+    """Loads our state dict into a model with exactly its keys and shapes; raises `InputError` with the differences."""
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
 
 
 def check_fit(state_dict: Mapping[str, Tensor], model: SReT) -> None:
-    """Raises `InputError` if keys, shapes or kinds of numbers are not the model's, or some are not finite."""
+    """Raises `InputError` if keys, shapes or kinds of numbers differ from the model's, or values are not finite."""
     expected = model.state_dict()
     wrong = _differences(*({key: tensor.shape for key, tensor in state.items()} for state in (state_dict, expected)))
     wrong += [
@@ -276,5 +276,5 @@ def check_fit(state_dict: Mapping[str, Tensor], model: SReT) -> None:
     ]
     if wrong:
         raise InputError(f"these weights do not fit the model: {first_few(wrong)}")
-    if spoilt := [key for key, value in state_dict.items() if not value.isfinite().all()]:
-        raise InputError(f"holds numbers that are not finite, in {first_few(spoilt)}; the file is damaged")
+    if non_finite := [key for key, value in state_dict.items() if not value.isfinite().all()]:
+        raise InputError(f"values are not finite in {first_few(non_finite)}; the file is damaged")

@@ -1,4 +1,4 @@
-"""Finds the model that a name or path stands for: a weights file, a file of the authors, or a published name."""
+"""Loads the model of a weights file, of one of the authors' files, or of a published name."""
 
 import os
 from pathlib import Path
@@ -23,24 +23,24 @@ def resolve(source: str | os.PathLike[str], variant: str | None = None) -> tuple
 
     Args:
         source: a weights file of ours; one of the authors' files; or a published name such as `sret_t.dist_in1k`,
-            whose weights are then fetched. An existing file wins over a name.
+            whose weights are downloaded. An existing file takes precedence over a name.
         variant: which model the authors' file is; by default found from its shapes and name.
 
     Raises `InputError` for a file that is missing or cannot be read, and for a name that was not published.
     """
     path, named = find_file(source)
     if named is not None and variant is not None:
-        raise InputError(f"{source} is a published name and says which model it is; leave --variant out")
+        raise InputError(f"{source} is a published name, which includes the variant; leave --variant out")
     if named is None and _is_ours(path):
         if variant is not None:
-            raise InputError("--variant is for reading the authors' files; ours say which model they are")
+            raise InputError("--variant is only for the authors' files; ours contain their configuration")
         return load_weights(path)
     model = load_official(path, named or variant)
     return model, imagenet_card(model, os.fspath(source))
 
 
 def find_file(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """The file that a name or path stands for, and the variant if it is a published name (then fetched).
+    """The file that a name or path stands for, and the variant if it is a published name (downloaded).
 
     Raises `InputError` for a missing file, and for a name that was not published.
     """
@@ -53,12 +53,12 @@ def find_file(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     config_of(name)
     released = next((known for known in RELEASES if known == name or known.startswith(f"{name}.")), None)
     if released is None:
-        raise InputError(f"{name} has no published weights; train it, and name the weights file of that run")
+        raise InputError(f"{name} has no published weights; train it, and give the weights file of that run")
     return download.fetch(download.drive_url(RELEASES[released].drive_id)), released.partition(".")[0]
 
 
 def is_name(source: str | os.PathLike[str]) -> bool:
-    """Whether this is the name of a model, known or not, rather than the path of a file, there or missing."""
+    """Whether this is the name of a model, known or unknown, and not the path of a file, existing or missing."""
     path = Path(source)
     if path.exists() or path.name != os.fspath(source) or path.suffix in _FILE_SUFFIXES:
         return False
@@ -67,7 +67,7 @@ def is_name(source: str | os.PathLike[str]) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether `load_weights` reads it, or says best what is wrong with it."""
+    """Whether `load_weights` can read it, or gives the best error for it."""
     if path.is_dir() or path.suffix in (".safetensors", *EXPORTED_SUFFIXES):
         return True
     with path.open("rb") as file:

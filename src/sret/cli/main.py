@@ -1,26 +1,31 @@
-"""The `sret` command: finds the command that is asked for, parses its options, and prints errors as one line.
+"""The `sret` command: finds the requested command, parses its options, and prints errors as one line.
 
-Wrong input ends in one line on standard error and exit code 2. `predict` classifies the images it can read and exits
-with 1 if there were others.
+Wrong input gives one line on standard error and exit code 2. `predict` and `features` exit with 1 if some images could
+not be read.
 """
 
+import atexit
+import gc
 import importlib
 import os
+import signal
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 
 from sret.cli.messages import normalize_options, shorten_error
-from sret.errors import InputError, InputWarning, did_you_mean
+from sret.errors import InputError, InputWarning, describe_lost_worker, did_you_mean, printable
 from sret.version import __version__
 
-# Each is a module of sret.cli.commands, imported only when it is asked for.
+# Each is a module of sret.cli.commands, imported only when the command runs.
 COMMANDS = {
     "train": "train a model by a recipe",
     "soft-labels": "write a teacher's predictions for many crops of each image",
     "eval": "measure the accuracy of a checkpoint on labelled images",
     "predict": "classify images",
+    "features": "write features of images; score them by k-NN or a linear probe",
     "bench": "measure models side by side: time, memory, multiply-adds",
     "info": "show the published models, or one model in detail",
     "convert": "convert the authors' checkpoints into safetensors, and back",
@@ -32,6 +37,9 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino"), "export"),
 }
+
+# At its exit Python would look through millions of objects of torch and timm for garbage, which takes a second or two.
+atexit.register(gc.freeze)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,18 +62,26 @@ def _main(argv: Sequence[str]) -> int:
             print(f"sret {__version__}")
             return 0
         return _run(_command_name(argv), argv[1:])
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
-        sys.stdout = None  # nothing is left to flush at exit
+    except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
+        sys.stdout = None  # nothing to flush at exit
         return 0
     except (InputError, OSError) as error:
         text = str(error)
-        if text.startswith("Caught "):  # in a process that loads images: its traceback stands before the message
+        if text.startswith("Caught "):  # from a process that loads images: the message follows a traceback
             text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"sret: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"sret: error: {printable(' '.join(text.split()))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "", "train")
         print(f"sret: error: this needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if (advice := describe_lost_worker(error)) is None:
+            raise
+        with suppress(AttributeError, ValueError):  # torch's handler would raise again for each process that ends
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hint = "; --resume auto continues from the last saved state" if argv[0] == "train" else ""
+        print(f"sret: error: {advice}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume auto continues from the last saved state" if argv[:1] == ["train"] else ""
@@ -92,22 +108,28 @@ def _help() -> str:
 def _command_name(argv: Sequence[str]) -> str:
     names = ", ".join(COMMANDS)
     if not argv:
-        raise InputError(f"name a command: {names}; `sret COMMAND --help` says more")
+        raise InputError(f"give a command: {names}; `sret COMMAND --help` lists its options")
     name = argv[0]
     if name.startswith("-"):
         options = ["help", "version"]
         raise InputError(f"unknown option {name!r}{did_you_mean(name.lstrip('-'), options)}; the command comes first")
     if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; there are {names}")
+        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; the commands are {names}")
     return name
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
+    from sret.cli.help import HelpFormatter
+
     command = importlib.import_module(f"sret.cli.commands.{name.replace('-', '_')}")
     parser = ArgumentParser(
-        prog=f"sret {name}", exit_on_error=False, allow_abbrev=False, description=COMMANDS[name].capitalize()
+        prog=f"sret {name}",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+        description=COMMANDS[name][0].upper() + COMMANDS[name][1:],
     )
     command.add_arguments(parser)
     try:
@@ -121,9 +143,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, which all warn alike
-    if issubclass(category, InputWarning) and is_first:  # warnings of other libraries are not for the user
-        print(f"sret: warning: {message}", file=sys.stderr)
+    is_first = os.environ.get("RANK", "0") == "0"  # all processes of torchrun give the same warnings
+    if issubclass(category, InputWarning) and is_first:  # not the warnings of other libraries
+        print(f"sret: warning: {printable(str(message))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

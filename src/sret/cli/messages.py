@@ -1,14 +1,15 @@
-"""Normalizes spellings of options before jsonargparse reads them, and shortens its errors to one line."""
+"""Normalises the spelling of options before jsonargparse parses them, and shortens its errors to one line."""
 
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 from sret.errors import did_you_mean
 
 
 def normalize_options(argv: Sequence[str]) -> list[str]:
-    """`--max-steps=3` means `--max_steps=3`; `--model NAME` means `--model.name NAME`, beside what a recipe changes."""
+    """`--max-steps=3` becomes `--max_steps=3`; `--model NAME` becomes `--model.name NAME`, beside a recipe's fields."""
     normal = []
     for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
@@ -30,7 +31,7 @@ _NOISE = re.compile(
 
 
 def shorten_error(message: str, options: Sequence[str]) -> str:
-    """jsonargparse's message, several lines and a dump of all values, as what was wrong and what would work.
+    """Shortens a message of jsonargparse, several lines with all values, to what was wrong and what would work.
 
     Args:
         options: the command's options, such as "epochs" or "model.img_size".
@@ -43,7 +44,9 @@ def shorten_error(message: str, options: Sequence[str]) -> str:
         names = [name.rpartition(".")[2] for name in required[1].split(", ")]
         return f"missing {', '.join(names)}{f' in {path}' if path else ''}"
     if number := re.search(r"Not of type (\w+)", message):
-        return f"{prefix}must be {_range(number[1])}{_given(message)}"
+        from sret import ranges  # jsonargparse takes a third of a second
+
+        return f"{prefix}must be {describe_range(getattr(ranges, number[1]))}{_given(message)}"
     given = re.search(r"Given value: (.*)", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
     kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
@@ -54,8 +57,10 @@ def shorten_error(message: str, options: Sequence[str]) -> str:
 
 def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
     where = f" in {path}" if path else ""
-    if name in ("grad_checkpointing", "gradient_checkpointing") and "model.memory" in options:  # its name elsewhere
-        return f"unknown option {name!r}; did you mean 'model.memory'? It takes pass, or nested for deep models"
+    if (
+        name in ("grad_checkpointing", "gradient_checkpointing") and "model.memory" in options
+    ):  # its name in other libraries
+        return f"unknown option {name!r}; did you mean 'model.memory'? Use pass, or nested for deep models"
     by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
     last_part = name.rpartition(".")[2]
     if last_part in by_last_part and by_last_part[last_part] != name:
@@ -63,11 +68,8 @@ def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
     return f"unknown option {name!r}{where}{did_you_mean(last_part, by_last_part)}"
 
 
-def _range(type_name: str) -> str:
-    """What a type of `sret.ranges` takes, such as "a whole number > 0"."""
-    from sret import ranges
-
-    number = getattr(ranges, type_name)
+def describe_range(number: Any) -> str:
+    """The range of a type of `sret.ranges`, such as "a whole number > 0"."""
     bounds = re.findall(r"v([<>=]+)(\S+)", number._expression)
     kind = "a whole number" if number._type is int else "a number"
     return f"{kind} {' and '.join(f'{comparison} {bound}' for comparison, bound in bounds)}"

@@ -1,4 +1,4 @@
-"""Tables of what models cost: the published ones side by side, or one stage by stage and pass by pass."""
+"""Prints tables of the cost of models: of all named models, or of one by stage and pass."""
 
 from itertools import groupby
 from typing import Literal

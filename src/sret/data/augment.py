@@ -1,8 +1,10 @@
-"""Chance in training images: geometry, colours, erasing (per image), mixup and CutMix (per batch), all timm's.
+"""Augments training images with timm: geometry, colours, erasing (per image), mixup and CutMix (per batch).
 
 Sources: RandAugment, arXiv:1909.13719; random erasing, arXiv:1708.04896; mixup, arXiv:1710.09412; CutMix,
-arXiv:1905.04899; as DeiT (arXiv:2012.12877) and so the SReT authors use them.
+arXiv:1905.04899; used as in DeiT (arXiv:2012.12877) and by the SReT authors.
 """
+
+from typing import Any
 
 import torch
 from timm.data import Mixup, create_transform
@@ -11,19 +13,34 @@ from torch import Tensor
 from torchvision import transforms
 
 from sret.data.config import Augmentation
+from sret.data.policy import make_safe
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import seeded
 from sret.errors import InputError
 
 
-def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> transforms.Compose:
+class Transforms(transforms.Compose):
+    """Transforms that run one after the other. Raises `InputError` that names the one that failed."""
+
+    def __call__(self, image: Any) -> Any:
+        for step in self.transforms:
+            try:
+                image = step(image)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"{type(step).__name__} failed: {error}") from error
+        return image
+
+
+def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Transforms:
     """PIL image -> (channels, height, width) float32 in 0..1; draws from Python's, NumPy's and torch's generators.
 
     Raises `InputError` for a colour policy on grey images.
     """
     if augmentation.auto_augment is not None and len(preprocessing.mean) == 1:
         raise InputError(
-            f"augmentation.auto_augment {augmentation.auto_augment!r} needs colour images, and these are grey: "
+            f"augmentation.auto_augment {augmentation.auto_augment!r} needs colour images, but these are grey; "
             "set it to null"
         )
     transform = create_transform(
@@ -31,7 +48,7 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         is_training=True,
         scale=(augmentation.min_scale, 1.0),
         hflip=0.5 if augmentation.flip else 0.0,
-        color_jitter=augmentation.color_jitter,
+        color_jitter=None,  # type: ignore[arg-type]  # timm takes None too
         auto_augment=augmentation.auto_augment,
         interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,
@@ -40,9 +57,9 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         re_mode="pixel",
     )
     crop, *rest = transform.transforms
-    # Normalisation is done for whole batches on their device; what timm erases is normalised noise.
+    # Whole batches are normalised later, on their device; the noise of timm's erasing is that of normalised images.
     rest = [
-        PixelNoise(step, preprocessing) if isinstance(step, RandomErasing) else step
+        PixelErasing(step, preprocessing) if isinstance(step, RandomErasing) else step
         for step in rest
         if not isinstance(step, transforms.Normalize)
     ]
@@ -62,11 +79,11 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         ],
         "none": resize_and_centre,
     }[augmentation.geometry]
-    return transforms.Compose([*geometry, *rest])
+    return Transforms([*geometry, *map(make_safe, rest)])
 
 
-class PixelNoise:
-    """timm's random erasing for an image in 0..1: its noise has the mean and the standard deviation of the data."""
+class PixelErasing:
+    """timm's random erasing for images in 0..1: the noise has the mean and the standard deviation of the data."""
 
     def __init__(self, erasing: RandomErasing, preprocessing: Preprocessing) -> None:
         self.erasing = erasing
@@ -79,16 +96,16 @@ class PixelNoise:
 
 
 def mix(images: Tensor, targets: Tensor, mixup: float, cutmix: float, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mixes each image of a batch with its mirror (i with B - 1 - i), and their targets in the same shares.
+    """Mixes image i of a batch with image B - 1 - i, and their targets in the same proportion.
 
     Args:
         images: (B, C, H, W), B even; targets: (B, K) probabilities, of labels or of a teacher.
-        mixup, cutmix: alpha of the Beta distribution that the share is drawn from; 0 leaves that kind out. Where both
-            are above 0, every second batch takes the other, by chance.
-        key: what the chance is a function of: equal keys mix all parts of a batch alike.
+        mixup, cutmix: alpha of the Beta distribution of the proportion; 0 is off. If both are above 0, each batch uses
+            one of them, chosen at random with equal probability.
+        key: seeds the random numbers; with equal keys, all parts of a batch are mixed in the same way.
     """
     size = len(images)
-    # timm mixes labels; given the numbers of the rows as labels, what comes back is the matrix that mixes any targets.
+    # timm mixes only labels. With row numbers as labels it returns the matrix that mixes any targets.
     mixer = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=size)
     with seeded(key):
         images, shares = mixer(images, torch.arange(size, device=images.device))

@@ -1,11 +1,18 @@
-"""From an image to the tensor a model takes: what a checkpoint must remember so that prediction equals evaluation."""
+"""Preprocesses images for a model; a checkpoint stores how, so that prediction equals evaluation."""
 
+import importlib
+import importlib.util
 import io
+import math
+import os
+import struct
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision import transforms
@@ -13,12 +20,14 @@ from torchvision import transforms
 from sret.errors import InputError
 
 _MODES = {1: "L", 3: "RGB"}
-MOST_ELONGATED = 100  # longer over shorter side; resized beyond it, a few kilobytes of file fill the memory
+MIN_CROP_PCT = 0.1  # with less, an image is resized to many times the size of the crop
+MAX_ASPECT_RATIO = 100  # longer / shorter side; resized, a longer image of a few kilobytes could fill the memory
+MAX_PIXELS = 100_000_000  # of a decoded image, which takes 3 to 12 bytes each; $SRET_MAX_PIXELS is another limit
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The bytes of an image's file that is not a file by itself, and the name to call it by."""
+    """An encoded image that is not a file of its own, such as one in a tar file, and its name in messages."""
 
     name: str
     content: bytes
@@ -34,7 +43,8 @@ class Preprocessing:
     Attributes:
         img_size: (height, width) in pixels after the crop.
         mean, std: per channel, on the scale 0..1; their length is the number of channels, 1 (grey) or 3 (RGB).
-        crop_pct: share of the resized image that the crop keeps.
+        crop_pct: share of the resized image that the centre crop keeps.
+        exif_orientation: rotate images as their EXIF orientation says.
     """
 
     img_size: tuple[int, int]
@@ -42,33 +52,39 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         for name in ("img_size", "mean", "std"):
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)}; it must be finite numbers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if min(self.std, default=1) <= 0:
+            raise InputError(f"std is {self.std}; images are divided by it, so it must be above 0")
         if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
             raise InputError(f"images have 1 or 3 channels, not {len(self.mean)} means and {len(self.std)} stds")
-        if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
+        is_size = len(self.img_size) == 2 and all(isinstance(side, int) and side >= 1 for side in self.img_size)
+        is_share = isinstance(self.crop_pct, int | float) and MIN_CROP_PCT <= self.crop_pct <= 1
+        if not (is_size and is_share):
             raise InputError(f"images cannot be cropped to {self.img_size} pixels with crop_pct {self.crop_pct}")
         if self.interpolation not in [mode.value for mode in transforms.InterpolationMode]:
             raise InputError(f"interpolation {self.interpolation!r} is unknown; use 'bicubic' or 'bilinear'")
 
     def load(self, source: ImageSource) -> Image.Image:
-        """An image, or the one in a file, with this many channels; transparent parts turn white.
+        """Reads an image and converts it to this number of channels; transparent parts become white.
 
         Raises `InputError` naming a file that is not an image.
         """
-        name = _name(source)
+        name = name_of(source)
         if not isinstance(source, Image.Image):
-            source = _read(source)
-        if max(source.size) > MOST_ELONGATED * min(source.size):
+            source = _read(source, self.exif_orientation)
+        if max(source.size) > MAX_ASPECT_RATIO * min(source.size):
             raise InputError(f"{name}: {source.width}x{source.height} pixels is too long and thin to be resized")
         mode = _MODES[len(self.mean)]
         if source.mode == "F":
             raise InputError(f"{name}: holds floating-point numbers of unknown range; save it with 8 or 16 bits")
-        if source.mode.startswith("I"):  # Pillow would clip 16 bits to white instead of scaling them
-            values = np.asarray(source)
-            source = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+        if source.mode.startswith("I"):
+            source = _eight_bits(source, name)
         if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
             source = source.convert("RGBA")
             source = Image.alpha_composite(Image.new("RGBA", source.size, "white"), source)
@@ -95,19 +111,19 @@ class Preprocessing:
 
 
 class Normalized(nn.Module):
-    """A model of normalised images as one of images in 0..1."""
+    """A model for images in 0..1: normalises them, then calls the model."""
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model, self.preprocessing, self.training = model, preprocessing, model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in 0..1 -> what the model makes of them."""
+        """(B, C, H, W) in 0..1 -> the outputs of the model."""
         return self.model(self.preprocessing.normalize(images))
 
 
 def header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:
-    """(Pillow's mode, (width, height)), without decoding the pixels; None of what is not an image."""
+    """(Pillow's mode, (width, height)), without decoding the pixels; None if it is not an image."""
     if isinstance(source, Image.Image):
         return source.mode, source.size
     try:
@@ -117,7 +133,8 @@ def header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
-def _name(source: ImageSource) -> str:
+def name_of(source: ImageSource) -> str:
+    """The name of an image in messages: its path, its place in a data set, or "image"."""
     return "image" if isinstance(source, Image.Image) else source.name if isinstance(source, Encoded) else str(source)
 
 
@@ -125,15 +142,52 @@ def _file(source: Path | Encoded) -> Path | io.BytesIO:
     return source if isinstance(source, Path) else io.BytesIO(source.content)
 
 
-def _read(source: Path | Encoded) -> Image.Image:
-    name = _name(source)
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A 16-bit grey image on the scale 0..65535, whatever its own maximum, which Pillow would clip to white."""
+    values = np.asarray(image)
+    if image.mode == "I" and (values.min() < 0 or values.max() > 65535 or image.format not in ("PNG", "PPM")):
+        raise InputError(f"{name}: holds 32-bit integers of unknown range; save it with 8 or 16 bits")
+    return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+
+
+def _max_pixels() -> int:
+    text = os.environ.get("SRET_MAX_PIXELS", "")
+    return int(text) if text.isdecimal() else MAX_PIXELS
+
+
+def _read(source: Path | Encoded, exif_orientation: bool) -> Image.Image:
+    name, limit = name_of(source), _max_pixels()
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe would block
+        raise InputError(f"{name}: {'a folder' if source.is_dir() else 'not a regular file'}")
+    register_heif()
     try:
-        with Image.open(_file(source)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked here
+            image = Image.open(_file(source))
+        with image:
+            width, height = image.size
+            while image.width * image.height > limit:  # JPEG can be decoded at a half, a quarter or an eighth
+                before = image.size
+                image.draft(None, (image.width // 2, image.height // 2))
+                if image.size == before:
+                    raise InputError(
+                        f"{name}: {width}x{height} pixels are more than {limit:,}; resize it, or set SRET_MAX_PIXELS"
+                    )
             image.load()
+            if exif_orientation:
+                ImageOps.exif_transpose(image, in_place=True)
             return image
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: too large an image ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{name}: too large an image ({error}); resize it") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, ZeroDivisionError) as error:
         is_there = isinstance(source, Encoded) or source.is_file()
-        reason = "not an image that can be read" if is_there else "a folder" if Path(name).is_dir() else "no such file"
-        raise InputError(f"{name}: {reason}") from error
+        raise InputError(f"{name}: {'not an image that can be read' if is_there else 'no such file'}") from error
+
+
+@cache
+def register_heif() -> None:
+    """Lets Pillow decode HEIC photos where pillow-heif is installed (the extra `heif`)."""
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()

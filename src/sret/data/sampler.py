@@ -1,4 +1,4 @@
-"""Which images a step sees, and with which random numbers: a function of (seed, step), whoever computes it.
+"""Chooses the images and random numbers of every step, as a function of (seed, step) for any number of processes.
 
 Letters: B images per step, P parts that a step is computed in (processes x micro-batches).
 """
@@ -15,24 +15,24 @@ from torch.utils.data import Sampler
 from sret.errors import InputError
 
 
-class Draw(NamedTuple):
-    """One appearance of an image in training: all that its augmentation may depend on, beside the seed."""
+class SampleIndex(NamedTuple):
+    """One use of an image in training; its augmentation is a function of this and the seed."""
 
     image: int
     epoch: int
-    copy: int = 0  # of several in one epoch, with repeated augmentation
+    copy: int = 0  # number of the copy, with repeated augmentation
 
 
-class EpochBatches(Sampler[list[Draw]]):
+class EpochBatches(Sampler[list[SampleIndex]]):
     """The parts of batches that one process loads; the order of an epoch is a function of (seed, epoch).
 
-    A step's B images do not depend on how many parts they are computed in. Images i and B - 1 - i are in one part
-    and stand there mirrored too, because mixup and CutMix pair an image with its mirror (timm's batch mode): so the
-    pairs do not depend on the number of parts either.
+    The B images of a step do not depend on the number of parts. Images i and B - 1 - i are in the same part, at
+    mirrored positions, because mixup and CutMix pair them (timm's batch mode): so the pairs do not depend on the number
+    of parts either.
 
-    What does not fill a last batch waits for another epoch's order. With `repeats` R (repeated augmentation; Hoffer et
-    al., CVPR 2020, arXiv:1901.09335), a batch holds R differently augmented copies of each image, and an epoch of as
-    many steps sees 1/R of the images.
+    Images that do not fill a last batch are left out of the epoch. With `repeats` R (repeated augmentation; Hoffer et
+    al., CVPR 2020, arXiv:1901.09335), a batch holds R differently augmented copies of each image, and an epoch
+    sees 1/R of the images in the same number of steps.
 
     Args:
         rank, num_ranks: of this process.
@@ -66,7 +66,7 @@ class EpochBatches(Sampler[list[Draw]]):
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, first: int = 0) -> None:
-        """Iterates over this epoch next, from step number `first` of it on."""
+        """The next iteration yields this epoch, from its step number `first` on."""
         self.epoch, self.first = epoch, first
 
     @property
@@ -74,17 +74,17 @@ class EpochBatches(Sampler[list[Draw]]):
         """Steps in a whole epoch, of `accumulation` batches each."""
         return self.num_samples // self.batch_size
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.num_samples)
         num_parts = self.num_ranks * self.accumulation
         for step in range(self.first, self.steps):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            batch = [Draw(int(order[p // self.repeats]), self.epoch, p % self.repeats) for p in places]
+            batch = [SampleIndex(int(order[p // self.repeats]), self.epoch, p % self.repeats) for p in places]
             for k in range(self.accumulation):
                 yield part_of(batch, k * self.num_ranks + self.rank, num_parts)
 
 
-def part_of(batch: Sequence[Draw], part: int, num_parts: int) -> list[Draw]:
+def part_of(batch: Sequence[SampleIndex], part: int, num_parts: int) -> list[SampleIndex]:
     """One of `num_parts` equal parts of a batch, closed under the mirroring i <-> B - 1 - i."""
     if num_parts == 1:
         return list(batch)

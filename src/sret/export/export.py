@@ -1,70 +1,43 @@
-"""Models into files that answer without PyTorch: ONNX for ONNX Runtime, OpenVINO's format for OpenVINO.
+"""Exports models into files that run without PyTorch: ONNX for ONNX Runtime, OpenVINO's format for OpenVINO.
 
-    fuse -> torch.export -> ONNX, each weight once -> for int8: calibrated on images -> for OpenVINO: converted
-
-Both engines thus run one graph. A file is read back and its answers compared with the model's before it gets its name.
-
-int8 is for the products with weights, which are rounded per channel, their inputs per tensor; the rest stays in
-float32. With int8 convolutions too, the largest error on the digits was twice as large; int8 products inside attention
-only cost time. NNCF, OpenVINO's own calibration, also corrects biases, layer by layer; here, where passes share them,
-that made its errors five times as large as without.
+Both engines run one graph. A file is read back and its outputs are compared with the model's before it gets its name.
 """
 
 import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sret.checkpoints.card import Card
 from sret.checkpoints.resolve import resolve
-from sret.data.dataset import ImageDataset, Samples, Unreadable
 from sret.data.sources import load_data
 from sret.errors import InputError
-from sret.export.runtime import DTYPES, ENGINES, NAMESPACE, Exported, Stamp, import_openvino, last_line, load_exported
-from sret.files import sha256_of
-from sret.models.fuse import fuse
+from sret.export.onnx import to_onnx, write_onnx
+from sret.export.openvino import write_openvino
+from sret.export.quantize import quantized
+from sret.export.runtime import DTYPES, ENGINES, Stamp, load_exported
+from sret.export.verify import (
+    FIRST_BATCHES,
+    Batch,
+    Comparison,
+    batches_of,
+    check_parity,
+    compare,
+    random_batches,
+    some,
+)
 from sret.models.sret import SReT
+from sret.ranges import PositiveInt, check_number
 from sret.version import __version__
 
-OPSET = 20  # the first with GELU
-TOLERANCE = 1e-4  # of the logits of a float32 file, relative to the largest logit
-FIRST_BATCHES = (1, 3)  # a graph in which the batch size became fixed fails at one of them
-RANDOM_IMAGES = 16  # to compare on without data
-MOST_BYTES = 2**31 - 2**24  # of weights, in an ONNX file; the rest is for the graph
-NO_LIMIT = 2**62  # bytes
-# What our graphs have a use for of onnxscript's rules; its first versions lack the last.
-REWRITES = ("mul_by_1_rule", "squeeze_reshape_1d_rule", "materialize_reshape_shape_rule")
-
-Batch = tuple[Tensor, Sequence[int] | None]  # (B, C, H, W) and labels
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How a file answers beside the model that it was made from.
-
-    Attributes:
-        count: images.
-        difference: largest absolute difference between two logits.
-        scale: largest absolute logit of the model.
-        agreement: share of images with the same top-1, in percent; None without classes.
-        top1: (the model's, the file's) accuracy in percent; None without labels.
-    """
-
-    count: int
-    difference: float
-    scale: float
-    agreement: float | None
-    top1: tuple[float, float] | None
+MAX_WEIGHT_BYTES = 2**31 - 2**24  # of weights, in an ONNX file; the rest is for the graph
 
 
 @dataclass(frozen=True)
@@ -126,7 +99,7 @@ def export_model(
     samples: int = 300,
     batch_size: int = 16,
 ) -> Export:
-    """Writes a model for another engine, once its answers from there agree with the model's.
+    """Writes a model for another engine, once its outputs from there agree with the model's.
 
     Args:
         card: goes into the file, which is then enough to predict with.
@@ -137,15 +110,13 @@ def export_model(
         samples: at most so many of the held-out ones (test, or else val); int8 is calibrated on as many for training.
         batch_size: images at a time meanwhile; the file takes any number.
 
-    Raises `InputError` for what cannot be, and for logits that differ by more than `TOLERANCE` in float32, or are not
-    finite. Then nothing is left.
+    Raises `InputError` for a wrong option, and for outputs that `check_parity` refuses. Then nothing is left.
     """
     _check(out, dtype, data)
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
+    check_number("samples", samples, PositiveInt)
+    check_number("batch_size", batch_size, PositiveInt)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    if sum(tensor.nbytes for tensor in model.state_dict().values()) > MOST_BYTES:
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) > MAX_WEIGHT_BYTES:
         raise InputError(f"{out}: weights of more than 2 GiB do not fit into an ONNX file; take a smaller model")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size or card.preprocessing.img_size
     card = replace(
@@ -153,154 +124,36 @@ def export_model(
         config=replace(model.config, img_size=size),
         preprocessing=replace(card.preprocessing, img_size=size),
     )
-    calibration: Iterator[Batch] = iter(())
-    if data is None:
-        batches, images = _random_batches(card), "random images"
-    else:
-        found = load_data(data)
-        card.check_classes(found.name, found.class_names)
-        split = "test" if "test" in found.splits else "val"
-        batches = _batches(_some(found.split(split), samples), card, chain(FIRST_BATCHES, repeat(batch_size)))
-        images = f"images of {found.name}, {split}"
-        if dtype == "int8":
-            calibration = _batches(_some(found.split("train"), samples), card, repeat(batch_size))
+    batches, calibration, images = _images(card, dtype, data, samples, batch_size)
     with _aside(out) as folder:
         path = folder / out.name
         with _quiet():
             proto = to_onnx(model, card.config.input_size)
             if dtype == "int8":
-                proto = _quantized(proto, calibration, folder)
+                proto = quantized(proto, calibration, folder)
             stamp = Stamp(card.to_json(), dtype, __version__)
-            (_write_onnx if out.suffix == ".onnx" else _write_openvino)(proto, stamp, path)
+            (write_onnx if out.suffix == ".onnx" else write_openvino)(proto, stamp, path)
         comparison = compare(model, load_exported(path)[0], batches)
-        _check_parity(comparison, out, dtype)
+        check_parity(comparison, out, dtype)
         _publish(folder, out)
     size_on_disk = sum(file.stat().st_size for file in _files(out))
     return Export(out, size_on_disk, ENGINES[out.suffix], dtype, comparison, images)
 
 
-def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Comparison:
-    """How both answer for the same images, with accuracies if all batches have labels."""
-    expected, answered = [], []
-    labels: list[int] | None = []
-    for images, some_labels in batches:
-        with torch.no_grad():
-            expected.append(model(images))
-        answered.append(exported(images))
-        labels = None if labels is None or some_labels is None else [*labels, *some_labels]
-    before, after = torch.cat(expected), torch.cat(answered)
-    agreement, top1 = None, None
-    if exported.num_classes:
-        agreement = _percent(before.argmax(1) == after.argmax(1))
-        if labels is not None:
-            truth = torch.tensor(labels)
-            top1 = _percent(before.argmax(1) == truth), _percent(after.argmax(1) == truth)
-    difference, scale = (before - after).abs().max().item(), before.abs().max().item()
-    return Comparison(len(before), difference, scale, agreement, top1)
-
-
-def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
-    """The fused model as an `onnx.ModelProto`: "images" (batch, C, *img_size) -> "logits" (batch, num_classes)."""
-    import onnx_ir
-    import onnxscript.optimizer  # noqa: F401 (if it is missing, that is said here, before torch says it in its words)
-
-    fused = fuse(model)
-    images = torch.zeros(2, fused.in_chans, *img_size)
-    with torch.no_grad():
-        fused(images)  # the permutations are known now, and become constants
-        program = torch.export.export(fused, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        onnx_program = torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=["logits"],
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    assert onnx_program is not None
-    graph = onnx_program.model
-    _simplify(graph)
-    return onnx_ir.to_proto(graph)
-
-
-def _simplify(graph: Any) -> None:
-    """What depends on weights alone is computed, once for all passes, in a time that grows with their number.
-
-    That of `onnxscript.optimizer.optimize`, which does the same, grows with its square: one of its rules, for slices
-    that make up a split, compares all pairs of nodes.
-    """
-    from onnx_ir.passes import common
-    from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules import common as rules
-
-    known = [getattr(rules, name) for name in REWRITES if hasattr(rules, name)]
-    rewrite = rewriter.RewritePass(rewriter.RewriteRuleSet(known, commute=True))
-    limits = {"input_size_limit": NO_LIMIT, "output_size_limit": NO_LIMIT}
-    common.CommonSubexpressionEliminationPass()(graph)  # before weights are transposed, once for each pass
-    for _ in range(2):  # rules find more where constants are folded, and the other way round
-        optimizer.fold_constants(graph, onnx_shape_inference=True, **limits)
-        rewrite(graph)
-        common.RemoveUnusedNodesPass()(graph)
-    common.RemoveUnusedOpsetsPass()(graph)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    common.DeduplicateInitializersPass()(graph)
-    common.CommonSubexpressionEliminationPass()(graph)
-    common.ClearMetadataAndDocStringPass()(graph)
-
-
-# writing -------------------------------------------------------------------------------------------------------------
-
-
-class _Feed:
-    """Batches as ONNX Runtime's calibration asks for them."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch[0].numpy()}
-
-
-def _quantized(proto: Any, calibration: Iterator[Batch], folder: Path) -> Any:
-    import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    products = [n.name for n in proto.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in weights]
-    path = folder / "quantized.onnx"
-    quantize_static(
-        proto,
-        str(path),
-        _Feed(calibration),
-        quant_format=QuantFormat.QDQ,
-        nodes_to_quantize=products,
-        per_channel=True,
-        # Signed on both sides: with unsigned inputs, processors without VNNI add up in 16 bits, which overflow.
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        calibration_providers=["CPUExecutionProvider"],
-    )
-    return onnx.load(str(path))
-
-
-def _write_onnx(proto: Any, stamp: Stamp, path: Path) -> None:
-    for name, text in asdict(stamp).items():
-        proto.metadata_props.add(key=f"{NAMESPACE}.{name}", value=text)
-    path.write_bytes(proto.SerializeToString())
-
-
-def _write_openvino(proto: Any, stamp: Stamp, path: Path) -> None:
-    openvino = import_openvino()
-    model = openvino.Core().read_model(proto.SerializeToString())
-    try:
-        openvino.save_model(model, path, compress_to_fp16=stamp.dtype == "bfloat16")  # it has no bfloat16 weights
-        for name, text in asdict(replace(stamp, weights=sha256_of(path.with_suffix(".bin")))).items():
-            model.set_rt_info(text, [NAMESPACE, name])
-        openvino.save_model(model, path, compress_to_fp16=stamp.dtype == "bfloat16")
-    except RuntimeError as error:
-        raise InputError(f"{path}: OpenVINO could not write it ({last_line(error)})") from error
+def _images(
+    card: Card, dtype: str, data: str | None, samples: int, batch_size: int
+) -> tuple[Iterator[Batch], Iterator[Batch], str]:
+    """Batches to compare on, batches to calibrate on, and what to call the first."""
+    if data is None:
+        return random_batches(card), iter(()), "random images"
+    found = load_data(data)
+    card.check_classes(found.name, found.class_names)
+    split = "test" if "test" in found.splits else "val"
+    batches = batches_of(some(found.split(split), samples), card, chain(FIRST_BATCHES, repeat(batch_size)))
+    calibration: Iterator[Batch] = iter(())
+    if dtype == "int8":
+        calibration = batches_of(some(found.split("train"), samples), card, repeat(batch_size))
+    return batches, calibration, f"images of {found.name}, {split}"
 
 
 @contextmanager
@@ -345,9 +198,6 @@ def _files(out: Path) -> list[Path]:
     return [out] if out.suffix == ".onnx" else [out.with_suffix(".bin"), out]
 
 
-# checks and images -------------------------------------------------------------------------------------------------
-
-
 def _check(out: Path, dtype: str, data: str | None) -> None:
     """Raises `InputError` for what can be seen to be wrong before any work."""
     if out.suffix not in ENGINES:
@@ -363,45 +213,3 @@ def _check(out: Path, dtype: str, data: str | None) -> None:
         )
     if dtype == "int8" and data is None:
         raise InputError("int8 is calibrated on real images; name some with --data, best those of training")
-
-
-def _check_parity(comparison: Comparison, out: Path, dtype: str) -> None:
-    difference, scale = comparison.difference, comparison.scale
-    if not np.isfinite(difference):
-        raise InputError(f"{out}: in {dtype} its answers are not finite, so it was not written; try float32")
-    if dtype == "float32" and difference > TOLERANCE * scale:
-        raise InputError(
-            f"{out}: its logits differ from the model's by up to {difference:.1e} where the largest is {scale:.3g}, by "
-            f"more than {TOLERANCE:.0e} of it, so it was not written; try another engine, or another version of this"
-        )
-
-
-def _some(samples: Samples, most: int) -> Samples:
-    """A random choice, the same every time: a folder has its images class by class."""
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(samples))
-    return samples.take(sorted(order[:most].tolist()))
-
-
-def _batches(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[Batch]:
-    dataset, unreadable, start = ImageDataset(samples, card.preprocessing), Unreadable(0), 0
-    for size in sizes:
-        if start >= len(dataset):
-            return
-        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        unreadable.note(problem for _, _, problem in items)
-        yield (
-            card.preprocessing.normalize(torch.stack([image for image, _, _ in items])),
-            [label for _, label, _ in items],
-        )
-        start += size
-
-
-def _random_batches(card: Card) -> Iterator[Batch]:
-    config, generator = card.config, torch.Generator().manual_seed(0)
-    images = torch.randn(RANDOM_IMAGES, config.in_chans, *config.input_size, generator=generator)
-    for part in images.split([*FIRST_BATCHES, RANDOM_IMAGES - sum(FIRST_BATCHES)]):
-        yield part, None
-
-
-def _percent(flags: Tensor) -> float:
-    return 100 * flags.double().mean().item()

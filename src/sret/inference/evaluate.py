@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from sret.checkpoints.card import Card
-from sret.data.dataset import UNREADABLE, ImageDataset, Unreadable
+from sret.data.dataset import ImageData, Samples
+from sret.data.loading import UNREADABLE, ImageDataset, Unreadable
 from sret.data.preprocess import Normalized
 from sret.data.sources import load_data
+from sret.data.workers import worker_options
 from sret.errors import InputError, describe_changes, first_few
 
 
@@ -49,6 +51,21 @@ class Predictions:
     labels: Tensor
     classes: Tensor
     confidences: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and on which images.
+
+    Attributes:
+        split: the name of the part of `data` that `samples` are.
+    """
+
+    metrics: Metrics
+    predictions: Predictions
+    data: ImageData
+    split: str
+    samples: Samples
 
 
 @torch.no_grad()
@@ -90,7 +107,7 @@ def evaluate(
     model.train(was_training)
     if is_stopped:
         return None
-    unreadable.note(gather_object(errors), is_quiet=not accelerator.is_main_process)
+    unreadable.add(gather_object(errors), is_quiet=not accelerator.is_main_process)
     top1, top5, loss, count = sums.tolist()
     if not count:
         raise InputError("none of the images to evaluate on can be read")
@@ -106,8 +123,8 @@ def evaluate_on(
     batch_size: int = 64,
     num_workers: int = 0,
     max_corrupt: int = 0,
-) -> tuple[Metrics, str, str]:
-    """A checkpoint's metrics on a data set, with the names of the data and of the split they are over.
+) -> Evaluation:
+    """Evaluates a checkpoint on a data set.
 
     Args:
         data_name: as `load_data` takes it; by default the data the checkpoint was trained on.
@@ -134,19 +151,20 @@ def evaluate_on(
     card.check_classes(data.name, data.class_names)
     changed = describe_changes(known, data.fingerprint())
     is_own = not changed or _is_same(data.name, trained_on)
-    if is_own and changed and not data.is_divided and split != "all":
+    if is_own and changed and not data.has_splits and split != "all":
         raise InputError(
             f"{data.name} has changed since training ({first_few(changed)}), so that its test images may have been "
             "trained on; evaluate on other images with --data, or on all of these with --split all"
         )
     if split is None:
-        is_foreign = not (is_own or data.is_divided)
+        is_foreign = not (is_own or data.has_splits)
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
-    loader = DataLoader(ImageDataset(data.split(split), card.preprocessing), batch_size, num_workers=num_workers)
+    samples = data.split(split)
+    loader = DataLoader(ImageDataset(samples, card.preprocessing), batch_size, **worker_options(num_workers))
     net, loader = model.to(accelerator.device), accelerator.prepare(loader)
     result = evaluate(Normalized(net, card.preprocessing), loader, accelerator, Unreadable(max_corrupt))
     assert result is not None  # nothing can stop it
-    return result[0], data.name, split
+    return Evaluation(*result, data, split, samples)
 
 
 def _is_same(name: str, trained_on: str | None) -> bool:

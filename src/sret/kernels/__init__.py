@@ -1,1 +1,1 @@
-"""How a product, an attention or a chain of passes is computed on a device; the formulas are in `sret.layers`."""
+"""Fast computation of linear layers, attention and recursions, with fallbacks; the formulas are in `sret.layers`."""

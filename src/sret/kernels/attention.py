@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: which kernel computes it.
+"""Scaled dot-product attention, by the kernel that was measured fastest for the device and dtype.
 
     softmax(Q K^T / sqrt(D)) V
 
@@ -14,14 +14,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sret.kernels.conditions import is_transformed
 
-SCORES_AT_A_TIME = 2**20  # 2 MiB in bfloat16: they stay in cache
+CHUNK_SCORES = 2**20  # attention scores per chunk: 2 MiB in bfloat16, which stay in cache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(S, H, M, D) each, any views -> (S, H, M, D), by PyTorch's fused kernel.
+    """Attention of q, k and v, each (S, H, M, D) with any strides, -> (S, H, M, D), by PyTorch's fused kernel.
 
-    But for training in half precision on CPUs, where that kernel's backward was measured up to five times slower than
-    the formula in matrix products (docs/performance.md).
+    Exception: training in half precision on CPUs. There the backward of the fused kernel was measured up to five times
+    slower than matrix products (docs/performance.md), so these compute backward.
     """
     is_slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if is_slow and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(S, H, M, D) each -> (S, H, M, D), written out."""
+    """The formula in matrix products: (S, H, M, D) each -> (S, H, M, D)."""
     return _weights(q, k) @ v
 
 
@@ -41,7 +41,7 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 class _MatrixProductBackward(torch.autograd.Function):
-    """The fused kernel forward; backward by the formula, a few sequences at a time. Stores no scores."""
+    """Forward by the fused kernel; backward by the formula, a few sequences at a time. Stores no scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ class _MatrixProductBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         S, H, M, D = grad.shape
-        # Tokens before heads, as what they are gradients of: to be seen as (S, M, C) they need no copy.
+        # Memory order (S, M, H, D), as q, k and v have it, so that a view as (S, M, C) needs no copy.
         grads = tuple(grad.new_empty(S, M, H, D).transpose(1, 2) for _ in range(3))
-        at_a_time = max(1, SCORES_AT_A_TIME // (H * M * M))
-        parts = zip(*(t.split(at_a_time) for t in (*ctx.saved_tensors, grad, *grads)), strict=True)
+        chunk = max(1, CHUNK_SCORES // (H * M * M))
+        parts = zip(*(t.split(chunk) for t in (*ctx.saved_tensors, grad, *grads)), strict=True)
         for q, k, v, g, dq, dk, dv in parts:
             weights = _weights(q, k)
             dv.copy_(weights.transpose(-2, -1) @ g)

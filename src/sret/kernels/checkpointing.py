@@ -1,17 +1,17 @@
-"""Activation checkpointing: which inputs of passes are kept for backward, and which passes are computed again.
+"""Activation checkpointing policies: what forward keeps of a recursion, and which passes backward recomputes.
 
-    none         everything is kept; no pass is computed twice
-    pass         the input of every pass
-    nested       the inputs of about the square root of the passes; most other passes are computed twice
-    reversible   the outputs: a two-stream recursion computes its inputs from them (`sret.layers.reversible`)
-    truncated:k  everything of the last k passes of each recursion, and nothing of those before
+    none         keeps everything; recomputes nothing
+    pass         keeps the input of every pass; recomputes each pass once
+    nested       keeps the inputs of about the square root of the passes; recomputes most passes twice
+    reversible   keeps the outputs: a two-stream recursion computes its inputs from them (`sret.layers.reversible`)
+    truncated:k  keeps everything of the last k passes of each recursion, and nothing of the earlier ones
 
-All but the last give the same gradients. `truncated` is another gradient: that of a recursion whose first passes add
-constants to the stream.
+All policies but `truncated` give the same gradients. `truncated` gives another gradient: it treats what the earlier
+passes add to the stream as constant.
 
-`nested` keeps inputs where binomial checkpointing places them, which needs the fewest passes for a number of inputs
-kept. Source: Griewank, Walther, "Algorithm 799: revolve", ACM Transactions on Mathematical Software 26 (1), 2000.
-`pass` is its case of as many inputs as passes.
+`nested` chooses the inputs by binomial checkpointing, which recomputes the fewest passes for a given number of kept
+inputs. Source: Griewank, Walther, "Algorithm 799: revolve", ACM Transactions on Mathematical Software 26 (1), 2000.
+`pass` is the case with as many kept inputs as passes.
 """
 
 import re
@@ -24,14 +24,14 @@ from sret.errors import InputError, did_you_mean
 EXACT = ("none", "pass", "nested", "reversible")
 KINDS = (*EXACT, "truncated")
 
-# How often `nested` runs a pass at most before the run that gradients flow through: about 1.3 times the time of `pass`,
-# for the square root of twice the number of passes in inputs kept.
+# Under `nested`, at most so many runs of a pass, the one in forward included, before the run that gradients flow
+# through. With 2 a step takes about 1.3 times as long as with `pass`, and keeps sqrt(2 x passes) inputs.
 REPEATS = 2
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """What backward keeps of a recursion.
+    """What forward keeps of a recursion for backward.
 
     Attributes:
         kind: one of `KINDS`.
@@ -46,7 +46,7 @@ class CheckpointPolicy:
         """The policy that `text` names: "none", "pass", "nested", "reversible" or "truncated:4".
 
         Args:
-            is_reversible: whether it is for a model of two streams.
+            is_reversible: whether the model has two streams.
 
         Raises `InputError` for any other text, and for a policy that does not fit the model.
         """
@@ -62,24 +62,23 @@ class CheckpointPolicy:
             raise InputError(f"memory {text!r}: {kind!r} takes no argument")
         if kind == "reversible" and not is_reversible:
             raise InputError(
-                "memory 'reversible' needs a model of two streams, which is another architecture: set reversible to "
-                "true, or use 'nested', which keeps least for one stream"
+                "memory 'reversible' needs a two-stream model, which is another architecture: set reversible to true, "
+                "or use 'nested', which keeps the least in a one-stream model"
             )
         if is_reversible and kind not in ("none", "reversible"):
             raise InputError(
-                f"memory {text!r} is for models of one stream; with reversible=true set memory to 'reversible' or "
-                "'none'"
+                f"memory {text!r} is for one-stream models; with reversible=true set memory to 'reversible' or 'none'"
             )
         return cls(kind, int(argument) if argument else None)
 
     def num_kept(self, num_passes: int) -> int:
         """How many inputs a recursion keeps under "pass" or "nested"."""
-        return num_passes if self.kind == "pass" else fewest_kept(num_passes, REPEATS)
+        return num_passes if self.kind == "pass" else min_kept(num_passes, REPEATS)
 
 
 @lru_cache(maxsize=1024)
-def fewest_kept(num_steps: int, repeats: int) -> int:
-    """How many inputs must be kept so that no step is computed more than `repeats` times before its last run."""
+def min_kept(num_steps: int, repeats: int) -> int:
+    """The least number of kept inputs with which no step runs more than `repeats` times before its last run."""
     kept = 1
     while comb(kept + repeats, repeats) < num_steps:
         kept += 1
@@ -88,23 +87,23 @@ def fewest_kept(num_steps: int, repeats: int) -> int:
 
 @lru_cache(maxsize=65536)
 def split(num_steps: int, num_kept: int) -> int:
-    """After how many of the steps the next input is kept, the first one being kept already.
+    """The number of steps from the first input, which is kept already, to the next input to keep.
 
-    With `repeats` the least r for which C(num_kept + r, r) >= num_steps, both parts can be reversed with the fewest
-    steps.
+    Let `repeats` be the least r with C(num_kept + r, r) >= num_steps. The split is one for which the fewest steps are
+    recomputed in both parts.
     """
     repeats = 1
     while comb(num_kept + repeats, repeats) < num_steps:
         repeats += 1
-    # The second part, which has one input less, may be repeated as often; the first, whose steps are run once to get
-    # there, once less. A first part shorter than what two repeats less can do would waste its inputs.
+    # The second part has one input less and may be repeated as often. The first part may be repeated once less, because
+    # its steps run once to reach the second. If it were shorter than two repeats less allow, inputs would be unused.
     longest_second, longest_first = comb(num_kept + repeats - 1, repeats), comb(num_kept + repeats - 1, repeats - 1)
     shortest_first = comb(num_kept + repeats - 2, repeats - 2) if repeats > 1 else 1
     return min(max(num_steps - longest_second, shortest_first), longest_first, num_steps - 1)
 
 
 def kept_steps(num_steps: int, num_kept: int) -> list[int]:
-    """The steps whose inputs the first sweep keeps."""
+    """The indices of the steps whose inputs forward keeps."""
     found, start = [0], 0
     while len(found) < num_kept and num_steps - start > 1:
         start += split(num_steps - start, num_kept - len(found) + 1)

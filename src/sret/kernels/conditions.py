@@ -1,4 +1,4 @@
-"""The circumstances in which a layer is called, on which the choice of a kernel depends."""
+"""Conditions on which the choice of a kernel depends: function transforms, tracing, autocast, hooks."""
 
 import torch
 from torch import Tensor, nn
@@ -6,20 +6,20 @@ from torch.nn.modules import module as _module
 
 
 def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp) is at work, which knows formulas and not every kernel or layout."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether torch.func (vmap, grad, jvp) or `torch.jit.trace` is active; they do not support every kernel."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes products of x in; None where it is off."""
+    """The dtype in which autocast computes products of x; None if autocast is off."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
 
-def is_listened_to(*modules: nn.Module) -> bool:
-    """Whether somebody waits for one of these modules to be called: a hook, or a `forward` put over its own."""
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether one of these modules has a hook, or a replaced `forward`, so that it must be called as a module."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return True
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

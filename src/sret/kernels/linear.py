@@ -1,15 +1,15 @@
-"""Linear layers joined with their neighbours: a norm before, a GELU before or after.
+"""Linear layers combined with a LayerNorm before them, or with a GELU before or after them.
 
     norm_linear(x) = W LN(x) + b        gelu_linear(h) = W GELU(h) + b        linear_gelu(x) = GELU(W x + b)
 
-Each is the formula of one line that stands in it, computed otherwise where that was measured faster
+Each function contains the formula as one line, and computes it in another way where that was measured faster
 (docs/performance.md):
 
-- Where gradients flow, what a norm or a GELU answered is computed again in backward instead of stored. Both are cheap,
-  and without them a block keeps about half of the memory.
-- On x86 CPUs, without gradients and in the forward of what has its own backward here, oneDNN adds the bias and applies
+- In training, the outputs of norms and GELUs are recomputed in backward instead of stored. Both are cheap, and without
+  them a block stores about half as much.
+- On x86 CPUs, without gradients and in the forward of the autograd functions below, oneDNN adds the bias and applies
   the GELU while the product is still in cache.
-- Compiled code takes the formula: a compiler fuses and recomputes by itself, and exporters know it.
+- Compiled code uses the formula: compilers fuse and recompute on their own, and exporters support it.
 """
 
 import platform
@@ -25,8 +25,8 @@ from sret.kernels.conditions import autocast_dtype, is_transformed
 
 LAYER_NORM_EPS = 1e-6
 
-# In float32, calls of oneDNN's kernel take longer to begin with: from how many multiply-adds of a product on, and rows
-# of one with a GELU, it is faster (docs/performance.md).
+# In float32 a call of oneDNN's kernel has a higher fixed cost. It is faster from this many multiply-adds of a product
+# without GELU, and from this many rows of a product with GELU (docs/performance.md).
 FUSED_MACS = 20_000_000
 FUSED_ROWS = 150
 
@@ -34,7 +34,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of an input, a weight an
 
 
 def kernels_for(x: Tensor, weight: Tensor) -> tuple[Product, Product]:
-    """`linear` and `linear_gelu` for such an x and a weight of this size: what was measured to be faster."""
+    """The implementations of `linear` and `linear_gelu` that were measured faster for x and a weight of this size."""
     if not _has_fused_kernel(x, weight):
         return plain_linear, _plain_linear_gelu
     if x.dtype != torch.float32:
@@ -83,14 +83,14 @@ def norm_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor) -> Ten
 
 
 def scaled(layer: nn.Linear, scale: Tensor | float | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of scale (W x + b): weights are fewer numbers than activations."""
+    """Weight and bias of scale (W x + b): scaling weights is cheaper than scaling activations."""
     if scale is None:
         return layer.weight, layer.bias
     return scale * layer.weight, scale * layer.bias
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether these are torch's own linear layers, whose weights say everything; an adapter (LoRA) must be called."""
+    """Whether these are plain `nn.Linear` layers, whose weights may be used directly; adapters (LoRA) are not."""
     return all(
         type(layer) is nn.Linear and layer.bias is not None and type(layer.weight) is nn.Parameter for layer in layers
     )
@@ -100,7 +100,7 @@ def _is_recomputed() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
 
 
-# Where it was measured; bfloat16 takes a processor with AVX-512.
+# Only where it was measured; bfloat16 needs a CPU with AVX-512.
 _IS_SUPPORTED = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 _FUSED_DTYPES = {torch.float32}
 if _IS_SUPPORTED and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -108,7 +108,7 @@ if _IS_SUPPORTED and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 
 def _has_fused_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's linear with a fused bias and GELU, which has no backward, may serve this product."""
+    """Whether oneDNN's linear with fused bias and GELU, which has no backward, can compute this product."""
     return (
         _IS_SUPPORTED
         and not torch.is_grad_enabled()
@@ -151,7 +151,7 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
         dtype, ctx.x_dtype = autocast_dtype(x) or weight.dtype, x.dtype
-        x = x.to(norm_weight.dtype)  # autocast leaves some streams in half precision, which CUDA's norms don't mix
+        x = x.to(norm_weight.dtype)  # autocast may leave x in half precision; CUDA's layer norm needs one dtype
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
         ctx.eps, ctx.dtype, ctx.bias_dtype = eps, dtype, bias.dtype

@@ -1,7 +1,7 @@
-"""Recomputation: the gradient of a chain of steps from few kept inputs, by running steps again in backward.
+"""Recomputes a chain of steps in backward, so that forward keeps only a few of their inputs.
 
-Which inputs are kept says `sret.kernels.checkpointing`. The chain is one function to autograd, so that no graph grows
-with its length, and the gradients of shared weights are summed here.
+`sret.kernels.checkpointing` decides which inputs are kept. The chain is a single autograd function, so that the graph
+does not grow with its length, and the gradients of shared weights are summed here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ from sret.kernels.conditions import autocast_dtype, is_transformed
 
 
 class Chain:
-    """Steps one after the other.
+    """Steps that run one after the other.
 
     Args:
-        step: what a step makes of its input.
-        list_weights: tells which weights each step uses; asked again in backward, to notice that they are others.
-        owner: whose mode, training or evaluation, must be the same in backward.
+        step: `step(i, x)` computes step i.
+        list_weights: lists the weights of each step; called again in backward, to detect replaced weights.
+        owner: the module whose mode, training or evaluation, must be the same in backward.
     """
 
     def __init__(
@@ -38,24 +38,24 @@ class Chain:
     def __len__(self) -> int:
         return len(self.weights)
 
-    def trained(self, steps: slice = slice(None)) -> list[nn.Parameter]:
-        """The weights of some steps that are trained, each once."""
-        return _trained(self.weights[steps])
+    def trainable(self, steps: slice = slice(None)) -> list[nn.Parameter]:
+        """The weights of some steps that require a gradient, each once."""
+        return _trainable(self.weights[steps])
 
 
-def _trained(weights: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:
+def _trainable(weights: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:
     return list(dict.fromkeys(weight for used in weights for weight in used if weight.requires_grad))
 
 
 class RNGState:
-    """The state of torch's generators, of the CPU and of a tensor's device."""
+    """The state of torch's random number generators: of the CPU and of a tensor's device."""
 
     def __init__(self, x: Tensor) -> None:
         self.cpu = torch.get_rng_state()
         self.devices = get_device_states(x)
 
     def current(self, x: Tensor) -> "RNGState":
-        """The state now: this object itself, if nothing was drawn since."""
+        """The state now; this object itself if no random number was drawn since."""
         later = RNGState(x)
         same = torch.equal(self.cpu, later.cpu) and all(map(torch.equal, self.devices[1], later.devices[1]))
         return self if same else later
@@ -65,43 +65,43 @@ class RNGState:
         set_device_states(*self.devices)
 
 
-class Replay:
-    """What a backward needs to run steps once more as forward ran them, and where it collects gradients.
+class Recomputation:
+    """Runs steps in backward as forward ran them, and sums the gradients of their weights.
 
-    Made in forward. The weights must still be the chain's in backward.
+    Created in forward. In backward the chain must still have the same weights.
     """
 
     def __init__(self, chain: Chain, x: Tensor) -> None:
-        self.chain, self.weights = chain, chain.trained()
+        self.chain, self.weights = chain, chain.trainable()
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.used: set[nn.Parameter] = set()
         self.is_training = chain.owner.training
         self._device, self._dtype = x.device.type, autocast_dtype(x)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Autocast as it stood in forward, without its cache, which would outlive a step."""
+        """Autocast as it was in forward, without its cache, which would outlive a step."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device, self._dtype, cache_enabled=False)
 
     @contextmanager
-    def started(self, x: Tensor) -> Iterator[None]:
-        """Around all of a backward: the weights are compared, and the generators left as they were."""
-        now = _trained(self.chain.list_weights())
+    def backward(self, x: Tensor) -> Iterator[None]:
+        """The context of one backward: checks the weights first, and restores the RNG state at the end."""
+        now = _trainable(self.chain.list_weights())
         if len(self.weights) != len(now) or any(a is not b for a, b in zip(self.weights, now, strict=True)):
             raise RuntimeError(
-                "the weights of a recursion were replaced, frozen or freed between forward and backward, so that its "
-                "passes cannot be computed again; use memory 'none'"
+                "the weights of a recursion were replaced, frozen or unfrozen between forward and backward, so its "
+                "passes cannot be recomputed; use memory 'none'"
             )
         if self.chain.owner.training != self.is_training:
             raise RuntimeError(
-                "a recursion went from training to evaluation, or back, between forward and backward, so that its "
-                "passes would be others when computed again; use memory 'none'"
+                "a recursion was switched between training and evaluation mode after forward, so its recomputed passes "
+                "would differ; use memory 'none'"
             )
-        # All at once: between the activations of passes they would keep the allocator from using those again (a
-        # thousand layers then took three times the memory).
+        # Allocated all at once: allocated between the activations of passes, they would keep the allocator from reusing
+        # that memory (1,000 layers then took three times as much).
         self.sums = {weight: torch.zeros_like(weight) for weight in self.weights}
-        # Hooks of weights are for their whole gradient, which autograd hands them after this backward.
+        # Hooks of weights must see the summed gradient, which autograd passes to them after this backward.
         hooks = [(weight, weight._backward_hooks) for weight in self.weights if weight._backward_hooks]
         for weight, _ in hooks:
             weight._backward_hooks = None
@@ -114,11 +114,11 @@ class Replay:
                 weight._backward_hooks = hook
 
     def step(self, i: int, x: Tensor, grad: Tensor, is_wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Step i with its gradient: what it answers, and the gradient of x from that of the answer, if wanted."""
+        """Recomputes step i. Returns its output, and the gradient of x, if wanted, for the output's gradient `grad`."""
         with torch.enable_grad(), self.autocast():
             x = x.detach().requires_grad_(is_wanted)
             y = self.chain.step(i, x)
-        weights = self.chain.trained(slice(i, i + 1))
+        weights = self.chain.trainable(slice(i, i + 1))
         if not y.requires_grad:
             return y, None
         self._check_leaves(y, x)
@@ -127,7 +127,7 @@ class Replay:
         return y.detach(), found[-1] if is_wanted else None
 
     def _check_leaves(self, y: Tensor, x: Tensor) -> None:
-        """Raises `RuntimeError` for a step on what is no weight of the recursion, which would get no gradient."""
+        """Raises `RuntimeError` for a tensor that requires a gradient but is no weight of the recursion."""
         known, seen, left = {id(x), *map(id, self.weights)}, set(), [y.grad_fn]
         while left:
             node = left.pop()
@@ -137,8 +137,8 @@ class Replay:
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in known:
                 raise RuntimeError(
-                    f"a pass uses a tensor of shape {tuple(leaf.shape)} that wants a gradient and is no parameter of "
-                    "the recursion, so that it would get none; make it one, or use memory 'none'"
+                    f"a pass uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is not a "
+                    "parameter of the recursion, so it would get none; make it a parameter, or use memory 'none'"
                 )
             left += [function for function, _ in node.next_functions]
 
@@ -149,29 +149,30 @@ class Replay:
             torch._foreach_add_([self.sums[weight] for weight, _ in found], [gradient for _, gradient in found])
 
     def gradients(self) -> list[Tensor | None]:
-        """In the order of the weights; None for one that no step has used. They are let go: autograd copies others."""
+        """The sums, in the order of the weights; None for a weight that no step used. Frees them, so that autograd
+        does not copy them."""
         sums, self.sums = self.sums, {}
         return [sums[weight] if weight in self.used else None for weight in self.weights]
 
 
-def is_replayable(x: Tensor) -> bool:
-    """Whether computing again makes sense: not for torch.func, nor for fake tensors, whose generators have no state."""
+def is_recomputable(x: Tensor) -> bool:
+    """Whether recomputation is possible: not under torch.func, nor for fake tensors, whose generators have no state."""
     return type(x) in (Tensor, nn.Parameter) and not is_transformed()
 
 
-@torch.compiler.disable  # a backward that runs forwards cannot be traced; the steps may be compiled
+@torch.compiler.disable  # a backward that runs forward passes cannot be traced; the steps may be compiled
 def recomputed(chain: Chain, num_kept: int, x: Tensor) -> Tensor:
-    """The chain's answer; its backward has kept `num_kept` inputs of steps, and computes the rest again.
+    """The output of the chain; forward keeps the inputs of `num_kept` steps, and backward recomputes the rest.
 
-    Random numbers are drawn as they were in forward. It can be differentiated only once.
+    Recomputed steps use the random numbers of forward. Backward can run only once.
     """
-    return cast(Tensor, _Recomputed.apply(chain, num_kept, x, *chain.trained()))
+    return cast(Tensor, _Recomputed.apply(chain, num_kept, x, *chain.trainable()))
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, num_kept: int, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.replay, ctx.num_kept, ctx.kept = Replay(chain, x), num_kept, []
+        ctx.recomputation, ctx.num_kept, ctx.kept = Recomputation(chain, x), num_kept, []
         keep, first = set(kept_steps(len(chain), num_kept)), x
         for i in range(len(chain)):
             if i in keep:
@@ -183,9 +184,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        replay, _ = ctx.replay, ctx.saved_tensors
+        recomputation, _ = ctx.recomputation, ctx.saved_tensors
         if not ctx.kept:
-            raise RuntimeError(SPENT)
+            raise RuntimeError(SECOND_BACKWARD)
 
         def back(start: int, end: int, num_kept: int, x: Tensor, rng_state: RNGState, grad: Tensor) -> Tensor | None:
             """The gradient of x, the input of step `start`, from that of the input of step `end`."""
@@ -193,27 +194,27 @@ class _Recomputed(torch.autograd.Function):
                 middle = start + (split(end - start, num_kept) if num_kept > 1 else end - start - 1)
                 rng_state.restore()
                 y = x
-                with replay.autocast():
+                with recomputation.autocast():
                     for i in range(start, middle):
-                        y = replay.chain.step(i, y)
+                        y = recomputation.chain.step(i, y)
                 later = back(middle, end, num_kept - 1, y, RNGState(y), grad)
                 if later is None:
                     return None
                 end, grad = middle, later
             rng_state.restore()
-            return replay.step(start, x, grad, is_wanted=start > 0 or ctx.needs_input_grad[2])[1]
+            return recomputation.step(start, x, grad, is_wanted=start > 0 or ctx.needs_input_grad[2])[1]
 
-        end = len(replay.chain)
+        end = len(recomputation.chain)
         gradient: Tensor | None = grad
-        with replay.started(grad):
+        with recomputation.backward(grad):
             while ctx.kept and gradient is not None:
                 start, x, rng_state = ctx.kept.pop()
                 gradient = back(start, end, ctx.num_kept - len(ctx.kept), x, rng_state, gradient)
                 end = start
-        return None, None, gradient, *replay.gradients()
+        return None, None, gradient, *recomputation.gradients()
 
 
-SPENT = "a recursion lets go of its inputs in backward, so that it cannot run a second time; use memory 'none'"
+SECOND_BACKWARD = "a recursion frees its inputs in backward, so backward cannot run a second time; use memory 'none'"
 
 
 # truncation ----------------------------------------------------------------------------------------------------------
@@ -221,18 +222,18 @@ SPENT = "a recursion lets go of its inputs in backward, so that it cannot run a 
 
 @torch.compiler.disable
 def without_gradient(chain: Chain, num_steps: int, x: Tensor) -> Tensor:
-    """The first steps of a chain, as if they added constants: the gradient of their output is that of their input."""
+    """Runs the first steps of a chain as if they added a constant: input and output have the same gradient."""
     with torch.no_grad():
         y = x
         for i in range(num_steps):
             y = chain.step(i, y)
-    later = set(chain.trained(slice(num_steps, None)))
-    unused = [weight for weight in chain.trained(slice(num_steps)) if weight not in later]
+    later = set(chain.trainable(slice(num_steps, None)))
+    unused = [weight for weight in chain.trainable(slice(num_steps)) if weight not in later]
     return cast(Tensor, _Added.apply(x, y, *unused))
 
 
 class _Added(torch.autograd.Function):
-    """y in the place of x. The unused weights have a gradient, zero: one process and several treat them alike."""
+    """Returns y with the gradient of x. Unused weights get a gradient of zero, with one process as with several."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, *unused: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The paper's parts, one idea a file. They import torch and timm's layers, and nothing of ours above them."""
+"""The layers of the paper, one per file."""
 
 from sret.layers.attention import AttentionResidual, SlicedAttention
 from sret.layers.block import Block

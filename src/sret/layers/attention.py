@@ -3,9 +3,8 @@
     Y = concat_g softmax(Q_g K_g^T / sqrt(D)) V_g,   g = 1..G
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, sliced group self-attention.
-Deviations: the token permutation is an argument, since this module draws no random numbers. The authors' release is
-for 224-pixel images; where G does not divide N, the first N mod G slices hold one token more here, so that nothing is
-padded or masked.
+Deviations: the token permutation is an argument, since this module draws no random numbers. If G does not divide N
+(never at the authors' 224 pixels), the first N mod G slices hold one more token, without padding or masks.
 Letters: B batch, N tokens, C channels, G slices, M tokens in a slice, H heads, D = C / H.
 """
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from sret.errors import InputError
 from sret.kernels.attention import attend
-from sret.kernels.conditions import is_listened_to
+from sret.kernels.conditions import has_hooks
 from sret.kernels.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
 from sret.kernels.slices import slice_lengths
 from sret.layers.permutation import Permutation, StridedPermutation
@@ -26,8 +25,8 @@ from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
 class SlicedAttention(nn.Module):
     """Multi-head self-attention within slices; one slice is plain self-attention.
 
-    The number of slices belongs to the call, not to the module: a recursion applies one set of weights with
-    different slices in each pass.
+    The number of slices is an argument of the call, because a recursion applies the same weights with different slices
+    in each pass.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -39,7 +38,7 @@ class SlicedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C). With a permutation, tokens are reordered before slicing and put back afterwards.
+        """(B, N, C) -> (B, N, C). A permutation reorders the tokens before slicing; its inverse restores the order.
 
         Raises `InputError` if there are more slices than tokens.
         """
@@ -55,7 +54,7 @@ class SlicedAttention(nn.Module):
     ) -> Tensor:
         """(B, N, C) -> (B, N, C): attention between `qkv`, (B, N, C) -> (B, N, 3C), and `proj`, (B, N, C) -> same.
 
-        Callers that know the weights pass faster functions than the layers themselves.
+        Callers can pass functions that compute the two layers faster.
         """
         if permutation is not None:
             x = permutation.apply(x)
@@ -65,7 +64,7 @@ class SlicedAttention(nn.Module):
         return proj(x)
 
     def within_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
-        """(B, N, 3C) -> (B, N, C): tokens attend to those that lie beside them, in `num_groups` slices."""
+        """(B, N, 3C) -> (B, N, C): attention within `num_groups` slices of consecutive tokens."""
         cuts = slice_lengths(qkv.shape[1], num_groups)
         if len(cuts) == 1:
             return self._equal_slices(qkv, num_groups)
@@ -73,9 +72,9 @@ class SlicedAttention(nn.Module):
         return torch.cat([self._equal_slices(part, cut[0]) for part, cut in zip(parts, cuts, strict=True)], dim=1)
 
     def _equal_slices(self, qkv: Tensor, num_groups: int) -> Tensor:
-        """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so that one fused kernel serves all."""
+        """(B, G*M, 3C) -> (B, G*M, C): a slice becomes a batch row, so that one kernel computes all."""
         B, N, C, H, G = *qkv.shape[:2], qkv.shape[2] // 3, self.num_heads, num_groups
-        # q, k and v apart first, heads after: OpenVINO 2026.4 answers wrongly where one view does both.
+        # q, k and v apart first, heads after: OpenVINO 2026.4 gives wrong outputs if one view does both.
         q, k, v = (t.reshape(B * G, N // G, H, C // H).transpose(1, 2) for t in qkv.chunk(3, dim=-1))  # (B*G, H, M, D)
         return attend(q, k, v).transpose(1, 2).reshape(B, N, C)
 
@@ -95,9 +94,9 @@ class AttentionResidual(LearnableResidual):
         super().__init__(SlicedAttention(dim, num_heads), norm, drop_prob, coefficients)
 
     def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
-        """s beta SlicedAttention(LN(x)), by scaling the last weights; a strided permutation is a view."""
+        """s beta SlicedAttention(LN(x)), by scaling the last layer's weights; a strided permutation is a view."""
         attn = self.branch
-        if not self.is_known():
+        if not self.has_plain_layers():
             return super().scaled_branch(x, num_groups, permutation)
         weight, bias = attn.qkv.weight, attn.qkv.bias
         last = scaled(attn.proj, self.branch_factor())
@@ -109,13 +108,13 @@ class AttentionResidual(LearnableResidual):
             lambda y: norm_linear(y, self.norm, weight, bias), lambda y: linear(y, *last), x, num_groups, permutation
         )
 
-    def is_known(self) -> bool:
-        """Whether the branch is what it was made as, so that its weights say everything."""
+    def has_plain_layers(self) -> bool:
+        """Whether all layers of the branch are plain and have no hooks, so that their weights may be used directly."""
         attn = self.branch
         return (
             type(attn) is SlicedAttention
             and is_plain(attn.qkv, attn.proj)
-            and not is_listened_to(self.norm, attn, attn.qkv, attn.proj)
+            and not has_hooks(self.norm, attn, attn.qkv, attn.proj)
         )
 
     def first_layer(self) -> nn.Module:
@@ -128,13 +127,13 @@ class AttentionResidual(LearnableResidual):
 def strided_attention(
     product: Callable[[Tensor, Tensor], Tensor], weight: Tensor, bias: Tensor, num_heads: int, num_groups: int
 ) -> Tensor:
-    """(B, N, C): slice g holds tokens g, g + G, ...; slices ride beside heads in one axis of a view, without a copy.
+    """Attention in strided slices, (B, N, C): slice g holds tokens g, g + G, ... Nothing is copied.
 
-    That takes q, k and v of a head next to each other. The qkv layer has all of q first, then k, then v; its rows are
-    reordered here, which costs what B N times fewer numbers cost.
+    Slices and heads share one axis of a view. This needs q, k and v of a head next to each other, while the qkv layer
+    has all of q first, then k, then v. So its rows are reordered here: there are far fewer weights than activations.
 
     Args:
-        product: gives the (B, N, 3C) output of a layer with the weight (3C, C) and bias (3C,) that it is called with.
+        product: computes the (B, N, 3C) output of a linear layer from its weight (3C, C) and bias (3C,).
     """
     H, G = num_heads, num_groups
     weight, bias = (t.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2) for t in (weight, bias))

@@ -1,4 +1,4 @@
-"""The transformer block whose weights a recursion shares: sliced attention, then an MLP.
+"""Transformer block: sliced attention, then an MLP. The passes of a recursion share its weights.
 
     x <- a1 x + a2 SlicedAttention(LN(x))
     x <- a3 x + a4 MLP(LN(x))
@@ -15,7 +15,7 @@ from sret.layers.residual import AS_PUBLISHED, Coefficients
 
 
 class Block(nn.Module):
-    """Both halves with learnable residuals; `drop_prob` is one stochastic-depth rate for all passes."""
+    """Attention and MLP, with learnable residuals; `drop_prob` is the stochastic-depth rate, the same in all passes."""
 
     def __init__(
         self,
@@ -38,5 +38,5 @@ class Block(nn.Module):
 def one_pass(
     block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
 ) -> Tensor:
-    """(B, N, C) -> (B, N, C): the block, then a projection."""
+    """(B, N, C) -> (B, N, C): the block, then the projection of this pass."""
     return projection(block(x, num_groups, permutation))

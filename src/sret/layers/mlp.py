@@ -1,4 +1,4 @@
-"""The MLP on a learnable residual: the second half of a block, and all of a projection.
+"""MLP with a learnable residual: the second half of a block, and the whole of a projection.
 
 y = alpha x + beta MLP(LN(x)),   MLP(x) = W2 GELU(W1 x + b1) + b2
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from sret.kernels.conditions import is_listened_to
+from sret.kernels.conditions import has_hooks
 from sret.kernels.linear import (
     LAYER_NORM_EPS,
     gelu_linear,
@@ -46,17 +46,17 @@ class MlpResidual(LearnableResidual):
     def scaled_branch(self, x: Tensor) -> Tensor:
         """s beta MLP(LN(x)), by scaling the second layer's weights."""
         mlp = self.branch
-        if not self.is_known():
+        if not self.has_plain_layers():
             return super().scaled_branch(x)
         weight, bias = scaled(mlp.fc2, self.branch_factor())
         if torch.is_grad_enabled():
             return gelu_linear(norm_linear(x, self.norm, mlp.fc1.weight, mlp.fc1.bias), weight, bias)
         return linear(linear_gelu(self.norm(x), mlp.fc1.weight, mlp.fc1.bias), weight, bias)
 
-    def is_known(self) -> bool:
-        """Whether the branch is what it was made as, so that its weights say everything."""
+    def has_plain_layers(self) -> bool:
+        """Whether all layers of the branch are plain and have no hooks, so that their weights may be used directly."""
         mlp = self.branch
-        return type(mlp) is Mlp and is_plain(mlp.fc1, mlp.fc2) and not is_listened_to(self.norm, mlp, mlp.fc1, mlp.fc2)
+        return type(mlp) is Mlp and is_plain(mlp.fc1, mlp.fc2) and not has_hooks(self.norm, mlp, mlp.fc1, mlp.fc2)
 
     def first_layer(self) -> nn.Module:
         return self.branch.fc1

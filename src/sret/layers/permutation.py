@@ -1,7 +1,7 @@
-"""Token permutations: later passes of a recursion slice the tokens in another order, so that slices exchange news.
+"""Token permutations: later passes slice the tokens in another order, so that slices exchange information.
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, permutation and its inverse
-around sliced self-attention. One permutation serves the whole batch.
+around sliced self-attention. The whole batch shares one permutation.
 
 Deviation: the authors draw from the global generator in evaluation too, so that their logits change from call to call.
 Here training draws permutation number k from a generator seeded by (seed, k), which makes a run reproducible and its
@@ -38,9 +38,9 @@ def invert(index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IndexPermutation:
-    """Any order of the tokens, by gathering: position i receives token `index[i]`; `index` is (N,) int64.
+    """Any order of the tokens: position i receives token `index[i]`; `index` is (N,) int64.
 
-    `inverse`, also (N,) int64, undoes it; it is computed where it is not given.
+    `inverse`, also (N,) int64, undoes it; it is computed if it is None.
     """
 
     index: Tensor
@@ -57,8 +57,8 @@ class IndexPermutation:
 class StridedPermutation:
     """Slice g receives tokens g, g + G, g + 2G, ...
 
-    Where G divides N, `AttentionResidual` needs neither method: it takes a view. Where it does not, the first N mod G
-    slices hold one token more, as `SlicedAttention` cuts them.
+    If G divides N, `AttentionResidual` takes a view instead of calling these methods. If not, the first N mod G slices
+    hold one more token, as in `SlicedAttention`.
     """
 
     num_groups: int
@@ -87,11 +87,11 @@ def fixed_permutation(num_tokens: int, device: torch.device | str | None = None)
 
 
 class Permuter:
-    """Hands every pass its permutation: fresh ones in training, a fixed one in evaluation.
+    """Gives each pass its permutation: a new random one in training, a fixed one in evaluation.
 
-    `seed` and `count` (permutations drawn so far) are its whole state; `state_dict` and `load_state_dict` carry it in
-    a checkpoint. Equal states give equal permutations on one type of device, so that all processes of a distributed run
-    permute alike (a CPU and a GPU draw differently).
+    Its state is `seed` and `count`, the number of permutations drawn so far (`state_dict`, `load_state_dict`). Equal
+    states give equal permutations on one type of device, so all processes of a distributed run use the same ones (a CPU
+    and a GPU draw different ones).
     """
 
     def __init__(self, kind: str = "random", seed: int = 0) -> None:
@@ -100,7 +100,7 @@ class Permuter:
         self.count = 0
 
     def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
-        """The permutation of the next pass, on `device`. Raises `InputError` if a replay has none that fits."""
+        """The permutation of the next pass, on `device`. Raises `InputError` if `replay` has none that fits."""
         if _replayed is not None:
             return IndexPermutation(_next_replayed(_replayed, num_tokens, device))
         if self.kind == "strided":
@@ -124,29 +124,29 @@ class Permuter:
         self.seed, self.count = state["seed"], state["count"]
 
 
-class RememberingPermuter(Permuter):
-    """What evaluation is handed, computed once for each number of tokens and slices; for a model that only answers."""
+class CachedPermuter(Permuter):
+    """A permuter for inference: caches the fixed permutation of each number of tokens and slices."""
 
-    REMEMBERED = 64
+    MAX_CACHED = 64
 
     def __init__(self, kind: str = "random") -> None:
         super().__init__(kind)
-        self._known: dict[tuple[int, int, torch.device], Permutation] = {}
+        self._cache: dict[tuple[int, int, torch.device], Permutation] = {}
 
     def __call__(self, num_tokens: int, num_groups: int, device: torch.device, *, is_training: bool) -> Permutation:
-        """As `Permuter` in evaluation, whatever the mode."""
+        """The permutation of evaluation, in training mode too."""
         if _replayed is not None:
             return super().__call__(num_tokens, num_groups, device, is_training=False)
         key = num_tokens, num_groups, device
-        permutation = self._known.get(key)
+        permutation = self._cache.get(key)
         if permutation is None:
-            if len(self._known) == self.REMEMBERED:
-                self._known.clear()
-            with torch.inference_mode(False):  # it may be used where gradients are wanted
+            if len(self._cache) == self.MAX_CACHED:
+                self._cache.clear()
+            with torch.inference_mode(False):  # it may be used later where gradients are computed
                 permutation = super().__call__(num_tokens, num_groups, device, is_training=False)
                 if isinstance(permutation, IndexPermutation):
                     permutation = IndexPermutation(permutation.index, invert(permutation.index))
-            self._known[key] = permutation
+            self._cache[key] = permutation
         return permutation
 
 
@@ -174,5 +174,5 @@ def _next_replayed(queue: list[Tensor], num_tokens: int, device: torch.device) -
         raise InputError(f"the replayed permutations ran out at a pass over {num_tokens} tokens; give one per pass")
     index = queue.pop(0)
     if index.numel() != num_tokens:
-        raise InputError(f"the next replayed permutation is of {index.numel()} tokens, the pass has {num_tokens}")
+        raise InputError(f"the next replayed permutation has {index.numel()} tokens, but the pass has {num_tokens}")
     return index.to(device)

@@ -1,9 +1,9 @@
-"""NLL, the non-linear projection between passes: what keeps repeated passes of one block from collapsing.
+"""Non-linear projection (NLL) after a pass: makes the repeated passes of a block differ.
 
     x <- b1 x + b2 MLP(LN(x))
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297, non-linear projection layer.
-Every pass has its own; nothing of it is shared.
+Each pass has its own projection.
 """
 
 from sret.layers.mlp import MlpResidual

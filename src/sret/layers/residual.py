@@ -1,8 +1,8 @@
-"""The learnable residual: how much of the stream stays, and how much of the branch enters, is learned.
+"""Learnable residual: learned coefficients scale the stream and the branch.
 
     y = alpha x + beta f(norm(x)),   alpha = beta = 1 at the start
 
-In deep recursions both are learned on the scale of the whole recursion, by a factor s such as 1 / passes:
+In deep recursions a factor s, such as 1 / passes, makes the coefficients those of the whole recursion:
 
     y = (1 + s (alpha - 1)) x + s beta f(norm(x))
 
@@ -26,7 +26,7 @@ class Coefficients:
 
     Attributes:
         is_learnable: `False` fixes both at 1 and removes them from the parameters (the ablation).
-        is_stream_learnable: `False` fixes alpha alone: a stream that must be recovered by subtraction.
+        is_stream_learnable: `False` fixes alpha alone; reversible recursions need this.
         scale: s, by which a pass changes the stream; 1 as published.
     """
 
@@ -45,7 +45,7 @@ class LearnableResidual(nn.Module):
         branch: f, called with the normalised stream and any further arguments of `forward`.
         norm: applied before the branch; none by default.
         drop_prob: stochastic depth, the probability of dropping the branch of a sample in training.
-        coefficients: which there are.
+        coefficients: which of them are learnable, and s.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LearnableResidual(nn.Module):
         self.norm = norm or nn.Identity()
         self.branch = branch
         self.drop_path = DropPath(drop_prob) if drop_prob else nn.Identity()
-        # Shape (1,), not (): engines that shard parameters refuse scalars.
+        # Shape (1,), not (): sharding (FSDP) does not support scalar parameters.
         has_alpha = coefficients.is_learnable and coefficients.is_stream_learnable
         self.alpha = nn.Parameter(torch.ones(1)) if has_alpha else None
         self.beta = nn.Parameter(torch.ones(1)) if coefficients.is_learnable else None
@@ -75,7 +75,7 @@ class LearnableResidual(nn.Module):
         return cast(Tensor, self.drop_path(self.scaled_branch(x, *args)))
 
     def scaled_branch(self, x: Tensor, *args: Any) -> Tensor:
-        """s beta f(norm(x)). A subclass that knows f multiplies its last weights instead, which are fewer."""
+        """s beta f(norm(x)). Subclasses scale the weights of f's last layer instead, which is cheaper."""
         y, beta = self.branch(self.norm(x), *args), self.branch_factor()
         return y if beta is None else beta * y
 
@@ -101,7 +101,7 @@ class LearnableResidual(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Makes the branch's coefficient a part of its last layer, if that is known, and s a part of alpha."""
+        """Folds the branch's coefficient into the branch's last layer, and s into alpha, if that layer is plain."""
         last, alpha, beta = self.last_layer(), self.stream_factor(), self.branch_factor()
         if beta is None or last is None or not is_plain(last):
             return
@@ -113,14 +113,14 @@ class LearnableResidual(nn.Module):
 
 
 def weighted_sum(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
-    """alpha x + y, for alpha of shape (1,), in one pass over memory."""
+    """alpha x + y, for alpha of shape (1,), in one kernel."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():
         return cast(Tensor, _WeightedSum.apply(x, alpha, y))
     return torch.addcmul(y, x, alpha)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """As autograd's own, but that alpha's gradient is a dot product: it stores no product of activations."""
+    """As autograd would do it, except that alpha's gradient is a dot product, without storing grad * x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:

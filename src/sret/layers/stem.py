@@ -1,18 +1,19 @@
-"""Convolutions around the transformer: the stem that makes tokens, and the pool between stages.
+"""Convolutions around the transformer: the stem, which makes the tokens, and the pool between stages.
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297; the pool follows Heo et al.,
 "Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021, arXiv:2103.16302.
 """
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sret.errors import InputError
-from sret.kernels.conditions import is_listened_to, is_transformed
+from sret.kernels.conditions import has_hooks, is_transformed
 
 
+@register_notrace_module  # its memory format and in-place ReLU depend on the caller
 class ConvStem(nn.Module):
     """(B, in_chans, H, W) -> (B, C, ceil(H / s), ceil(W / s)), s the product of the strides.
 
@@ -30,16 +31,16 @@ class ConvStem(nn.Module):
         self.bn3 = nn.BatchNorm2d(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last, here and so in all that follows: faster convolutions, and tokens are a view of the feature map.
+        # Channels last from here on: convolutions are faster, and tokens are a view of the feature map.
         if not is_transformed():
             x = x.contiguous(memory_format=torch.channels_last)
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            # In place, unless somebody keeps what BatchNorm answered: these are the largest tensors of all.
-            x = relu(bn(conv(x)), inplace=not is_listened_to(bn))
+            # In place, unless a hook may keep BatchNorm's output: these are the model's largest tensors.
+            x = relu(bn(conv(x)), inplace=not has_hooks(bn))
         return x
 
     def fold(self) -> None:
-        """Makes each BatchNorm, as evaluation applies it, a part of the convolution before it."""
+        """Folds each BatchNorm, as applied in evaluation, into the convolution before it."""
         for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
             if type(getattr(self, bn)) is nn.BatchNorm2d:
                 setattr(self, conv, fuse_conv_bn_eval(getattr(self, conv), getattr(self, bn)))
@@ -51,8 +52,6 @@ class ConvPool(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        if out_dim % in_dim:
-            raise InputError(f"a stage of {out_dim} channels cannot follow one of {in_dim}; use a multiple of {in_dim}")
         self.conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, groups=in_dim)
 
     def forward(self, x: Tensor) -> Tensor:

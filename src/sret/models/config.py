@@ -1,6 +1,6 @@
-"""What a model is made of: frozen dataclasses in which a wrong state cannot be written.
+"""Model configuration: frozen dataclasses that check their values.
 
-Letters: C channels, N tokens, G slices. A *layer* is one pass of attention and MLP.
+Letters: C channels. A *layer* is one pass of attention and MLP.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,13 @@ from typing import Any, Literal, cast, get_args
 from sret.errors import InputError, did_you_mean
 from sret.kernels.checkpointing import CheckpointPolicy
 from sret.kernels.slices import slice_lengths
-from sret.ranges import BelowOne, NonNegativeInt, PositiveInt, check_ranges
+from sret.ranges import BelowOne, Channels, Classes, NonNegativeFloat, PositiveInt, check_ranges
 
 # Strides of the stem's three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
 POOL_STRIDE = 2  # between stages
+MAX_SIDE = 16_384  # pixels; larger ones, as deeper models, are slips, or files that would fill the memory
+MAX_DEPTH = 20_000  # layers
 
 PermutationKind = Literal["random", "strided"]
 ResidualScale = Literal["one", "sqrt", "passes"]
@@ -33,19 +35,19 @@ class StageConfig:
         projection_ratio: hidden channels of the non-linear projection over C; `None` leaves the projection out.
     """
 
-    embed_dim: PositiveInt
+    embed_dim: Channels
     num_heads: PositiveInt
     num_blocks: PositiveInt
     groups: tuple[int, ...] = (1, 1)
-    mlp_ratio: float = 4.0
-    projection_ratio: float | None = 1.0
+    mlp_ratio: NonNegativeFloat = 4.0
+    projection_ratio: NonNegativeFloat | None = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
         object.__setattr__(self, "groups", tuple(self.groups))
-        for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are alike
+        for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are equal
             if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
                 raise InputError(f"groups {self.groups}: {num_groups!r} slices in a pass; use whole numbers >= 1")
         if self.embed_dim % self.num_heads:
@@ -58,11 +60,14 @@ class StageConfig:
         for name in ("mlp_ratio", "projection_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 1 <= self.embed_dim * ratio < 2**31:
-                raise InputError(f"{name} {ratio} gives {self.embed_dim} channels no possible number of hidden ones")
+                raise InputError(
+                    f"{name} {ratio} of {self.embed_dim} channels is not a possible number of hidden channels; it must "
+                    "give at least 1"
+                )
 
     @property
     def num_passes(self) -> int:
-        """How often each block is applied."""
+        """Number of times that each block is applied."""
         return len(self.groups)
 
     @property
@@ -85,27 +90,28 @@ class ModelConfig:
 
     Attributes:
         stages: one or more; the feature map is halved between them, and channels grow by an integer factor.
-        img_size: pixels, one number or (height, width). It sizes the position embedding; any size can be run.
+        img_size: pixels, one number or (height, width). It sets the size of the position
+            embedding; the model takes images of any size.
         in_chans: image channels.
-        num_classes: logits; 0 leaves the classifier out.
+        num_classes: number of logits; 0 for no classifier.
         stem_stride: pixels per token of the first stage, 1, 2, 4 or 8.
         learnable_residual: `False` fixes all residual coefficients at 1 (the ablation).
-        residual_scale: by what a pass's change of the stream is divided: "one" as published, "sqrt" the square root of
-            the number of passes of its recursion, or "passes", that number. Coefficients are learned on that scale.
-        reversible: two streams, from whose outputs the inputs can be computed; another architecture.
-        memory: what backward keeps, see `sret.kernels.checkpointing`: "none", "pass", "nested", "reversible" (needs
-            `reversible`), "truncated:k".
+        residual_scale: what a pass adds to the stream is divided by this: "one" (as published), "sqrt" (the square root
+            of the number of passes of its recursion), or "passes" (that number).
+        reversible: use two streams, whose inputs can be computed from their outputs; this is another architecture.
+        memory: activation checkpointing policy (`sret.kernels.checkpointing`): "none", "pass", "nested", "reversible"
+            (needs `reversible`), "truncated:k".
         permutation: how sliced passes after the first reorder tokens: "random" or "strided" (no gather).
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth. A block's rate, one for all its passes, grows with its place in depth from 0
-            towards this probability, which it stays below.
-        global_pool: "avg", or "" for an unpooled feature map (needs num_classes 0).
+        drop_path_rate: stochastic depth. The rate of a block, the same in all its passes, grows with its depth from 0
+            towards this probability.
+        global_pool: "avg", "max", or "" for an unpooled feature map (needs num_classes 0).
     """
 
     stages: tuple[StageConfig, ...]
     img_size: int | tuple[int, int] = 224
-    in_chans: PositiveInt = 3
-    num_classes: NonNegativeInt = 1000
+    in_chans: Channels = 3
+    num_classes: Classes = 1000
     stem_stride: int = 8
     learnable_residual: bool = True
     residual_scale: ResidualScale = "one"
@@ -114,18 +120,22 @@ class ModelConfig:
     permutation: PermutationKind = "random"
     drop_rate: BelowOne = 0.0
     drop_path_rate: BelowOne = 0.0
-    global_pool: Literal["avg", ""] = "avg"
+    global_pool: Literal["avg", "max", ""] = "avg"
 
     def __post_init__(self) -> None:
         size = self.img_size if isinstance(self.img_size, list | tuple) else (self.img_size, self.img_size)
-        if len(size) != 2 or not all(isinstance(pixels, int) and pixels >= 1 for pixels in size):
-            raise InputError(f"img_size {self.img_size!r} is not a number of pixels or (height, width)")
+        if len(size) != 2 or not all(isinstance(pixels, int) and 1 <= pixels <= MAX_SIDE for pixels in size):
+            raise InputError(
+                f"img_size {self.img_size!r} is not a number of pixels or (height, width), of at most {MAX_SIDE:,}"
+            )
         object.__setattr__(self, "img_size", tuple(size))
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages or not all(isinstance(stage, StageConfig) for stage in self.stages):
             raise InputError(f"stages is {self.stages!r}; give at least one StageConfig")
         check_ranges(self)
-        if self.stem_stride not in STEM_STRIDES:
+        if self.depth > MAX_DEPTH:
+            raise InputError(f"the model has {self.depth:,} layers, which is more than {MAX_DEPTH:,}")
+        if not isinstance(self.stem_stride, int) or self.stem_stride not in STEM_STRIDES:
             raise InputError(f"stem_stride {self.stem_stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
         if self.stages[0].embed_dim < 2:
             raise InputError("the first stage needs at least 2 channels: the stem starts with half of them")
@@ -136,9 +146,10 @@ class ModelConfig:
                 f"residual_scale {self.residual_scale!r} is not one of {', '.join(get_args(ResidualScale))}"
             )
         CheckpointPolicy.parse(self.memory, self.reversible)
-        if self.global_pool not in ("avg", "") or (self.global_pool == "" and self.num_classes):
+        if self.global_pool not in ("avg", "max", "") or (self.global_pool == "" and self.num_classes):
             raise InputError(
-                f"global_pool {self.global_pool!r} with {self.num_classes} classes; use 'avg', or '' with num_classes 0"
+                f"global_pool {self.global_pool!r} with {self.num_classes} classes; use 'avg' or 'max', or '' with "
+                "num_classes 0"
             )
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.embed_dim % before.embed_dim:
@@ -159,7 +170,7 @@ class ModelConfig:
         return sum(stage.depth for stage in self.stages)
 
     def residual_factor(self, stage: StageConfig) -> float:
-        """What a pass's change of the stream is multiplied by, in one of the stages."""
+        """The factor of what a pass adds to the stream, in one of the stages."""
         return {"one": 1.0, "sqrt": stage.num_passes**-0.5, "passes": 1 / stage.num_passes}[self.residual_scale]
 
     def grids(self, img_size: tuple[int, int] | None = None) -> list[tuple[int, int]]:

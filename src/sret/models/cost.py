@@ -1,7 +1,7 @@
-"""What a model costs, from the formula: parameters, multiply-adds and bytes, per stage and pass.
+"""Computes what a model costs from its configuration: parameters, MACs and bytes, per stage and pass.
 
-A multiply-add is 2 FLOPs. Counted are convolutions, linear layers and both attention products; norms, activations,
-softmax, biases and additions are not, which is how the published figures are counted.
+A multiply-add (MAC) is 2 FLOPs. As in the published figures, convolutions, linear layers and both products of
+attention are counted; norms, activations, softmax, biases and additions are not.
 """
 
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, coeffi
     attention = 4 * C * C + 4 * C + 2 * C + coefficients
     projection = mlp(projection_hidden) if projection_hidden else 0
 
-    @lru_cache  # most of a thousand passes are alike
+    @lru_cache  # most passes of a deep model are equal
     def one_pass(num_groups: int) -> PassCost:
         lengths = slice_lengths(N, num_groups)
         linear = N * C * (4 * C + 2 * hidden + 2 * projection_hidden)

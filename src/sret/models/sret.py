@@ -1,4 +1,4 @@
-"""The Sliced Recursive Transformer: stem -> stages -> mean -> norm -> head, keeping timm's model contract.
+"""The Sliced Recursive Transformer: stem -> stages -> mean -> norm -> head, with timm's model interface.
 
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297.
 Letters: B batch, N tokens, C channels.
@@ -6,9 +6,10 @@ Letters: B batch, N tokens, C channels.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from timm.layers import register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -29,13 +30,27 @@ from sret.layers import (
     ReversibleRecursion,
 )
 from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig
+from sret.models.timm_cfg import timm_cfg
 
 
+@register_notrace_module  # torch.fx takes a stage as one node: it draws permutations
 class Stage(nn.Module):
-    """(B, C, H, W) -> (B, C', H', W'): a pool (but for the first stage), then a recursion per distinct block."""
+    """(B, C, H, W) -> (B, C', H', W'): a pool (except in the first stage), then a recursion per distinct block.
 
-    def __init__(self, config: StageConfig, model: ModelConfig, in_dim: int | None, drop_path_rates: Sequence[float]):
+    Attributes:
+        permuter: the permuter of the model, which all stages share.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        model: ModelConfig,
+        in_dim: int | None,
+        drop_path_rates: Sequence[float],
+        permuter: Permuter,
+    ) -> None:
         super().__init__()
+        self.permuter = permuter
         dim = config.embed_dim
         coefficients = Coefficients(
             model.learnable_residual,
@@ -60,7 +75,7 @@ class Stage(nn.Module):
         )
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, H, W) -> (B, N, C') and the grid (H', W'): what the first recursion gets."""
+        """(B, C, H, W) -> (B, N, C') and the grid (H', W'): the input of the first recursion."""
         x = self.pool(x)
         H, W = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # contiguous
@@ -68,13 +83,15 @@ class Stage(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x, (H, W)
 
-    def forward(self, x: Tensor, permuter: Permuter) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x, (H, W) = self.tokens(x)
         for recursion in self.recursions:
             assert isinstance(recursion, Recursion)
-            # Drawn out here, so that a recomputed pass sees the permutation of the first time.
+            # Drawn outside the recursion, so that a recomputed pass uses the same permutation.
             permutations = [
-                permuter(H * W, num_groups, x.device, is_training=self.training) if recursion.is_permuted(i) else None
+                self.permuter(H * W, num_groups, x.device, is_training=self.training)
+                if recursion.is_permuted(i)
+                else None
                 for i, num_groups in enumerate(recursion.groups)
             ]
             x = recursion(x, permutations)
@@ -84,8 +101,8 @@ class Stage(nn.Module):
 class SReT(nn.Module):
     """A Sliced Recursive Transformer built from a `ModelConfig`.
 
-    Images are (B, in_chans, H, W), normalised as the weights expect (`default_cfg` says how); any H and W whose token
-    counts can be sliced. `permuter` draws the token permutations; its state belongs in a checkpoint of training.
+    Images are (B, in_chans, H, W), normalised as the weights expect (see `default_cfg`); H and W may be any sizes whose
+    tokens can be sliced. `permuter` draws the token permutations; its state belongs in a training checkpoint.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -95,25 +112,37 @@ class SReT(nn.Module):
         self.in_chans = config.in_chans
         self.global_pool = config.global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = config.stages[-1].embed_dim
-        self.permuter = Permuter(config.permutation)
+        permuter = Permuter(config.permutation)
 
         dims = [stage.embed_dim for stage in config.stages]
         self.stem = ConvStem(config.in_chans, dims[0], STEM_STRIDES[config.stem_stride])
         self.pos_embed = PositionEmbedding(dims[0], config.grids()[0])
-        self.stages = nn.ModuleList()
+        stages = []
         self.feature_info: list[dict[str, Any]] = []
         depth_before = 0
         for i, stage in enumerate(config.stages):
-            # As the authors have it: distinct block j of a stage takes the rate of layer j of that stage.
+            # As in the authors' code, distinct block j of a stage takes the rate of layer j of that stage.
             rates = [config.drop_path_rate * (depth_before + j) / config.depth for j in range(stage.num_blocks)]
-            self.stages.append(Stage(stage, config, dims[i - 1] if i else None, rates))
+            stages.append(Stage(stage, config, dims[i - 1] if i else None, rates, permuter))
             self.feature_info.append(
                 {"num_chs": dims[i], "reduction": config.stem_stride * 2**i, "module": f"stages.{i}"}
             )
             depth_before += stage.depth
+        self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dims[-1], LAYER_NORM_EPS)
         self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
         self.set_memory(config.memory)
+        self.pretrained_cfg = self.default_cfg = timm_cfg(config)
+
+    @property
+    def permuter(self) -> Permuter:
+        """Draws the permutations of all stages."""
+        return cast(Permuter, self.stages[0].permuter)
+
+    @permuter.setter
+    def permuter(self, permuter: Permuter) -> None:
+        for stage in self.stages:
+            stage.permuter = permuter  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""
@@ -121,16 +150,13 @@ class SReT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H', W'): the last stage's feature map, before pooling and norm."""
-        self._check_image(x)
-        x = self.pos_embed(self.stem(x))
-        for stage in self.stages:
-            x = stage(x, self.permuter)
-        return x
+        check_images(x, self.config)
+        return cast(Tensor, self.stages(self.pos_embed(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H', W') -> (B, num_classes), or the pooled and normalised (B, C) features with `pre_logits`."""
-        if self.global_pool == "avg":
-            x = self.norm(x.mean((2, 3)))
+        if self.global_pool:
+            x = self.norm(x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3)))
         else:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if pre_logits:
@@ -151,29 +177,31 @@ class SReT(nn.Module):
         Args:
             indices: which stages; the last n for an integer, all for `None`.
             norm: apply the final norm to the last stage's map.
-            stop_early: stop after the last stage asked for.
-            output_fmt: "NCHW", the only one.
+            stop_early: stop after the last requested stage.
+            output_fmt: "NCHW", or "NHWC" for (B, H', W', C).
             intermediates_only: return the list alone instead of (last map, list).
         """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt {output_fmt!r}: feature maps come as 'NCHW'")
-        self._check_image(x)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise InputError(f"output_fmt {output_fmt!r} is not one of NCHW, NHWC")
+        check_images(x, self.config)
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self.pos_embed(self.stem(x))
         intermediates = []
         for i, stage in enumerate(self.stages):
             if stop_early and i > max_index:
                 break
-            x = stage(x, self.permuter)
+            x = stage(x)
             if i in take_indices:
                 is_normed = norm and i == len(self.stages) - 1
                 intermediates.append(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if is_normed else x)
+        if output_fmt == "NHWC":
+            intermediates = [y.permute(0, 2, 3, 1) for y in intermediates]
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages after the last one asked for, and norm and head if told so; returns the kept indices."""
+        """Removes the stages after the last requested one, and optionally norm and head; returns the kept indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: max_index + 1]
         self.config = replace(self.config, stages=self.config.stages[: max_index + 1])
@@ -187,8 +215,8 @@ class SReT(nn.Module):
         """The last linear layer, or `nn.Identity` without classes."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
-        """A fresh classifier for `num_classes`; 0 leaves pooled features, with `global_pool=""` the feature map."""
+    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", "max", ""] | None = None) -> None:
+        """Replaces the classifier by a new one. With 0 classes the model returns pooled features (or a map)."""
         pool = self.global_pool if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes, global_pool=pool)
         self.num_classes, self.global_pool = num_classes, pool
@@ -199,10 +227,15 @@ class SReT(nn.Module):
             else nn.Identity()
         )
 
-    def set_memory(self, policy: str) -> None:
-        """What backward keeps from now on, in the words of `ModelConfig.memory`; weights and answers stay.
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resizes the position embedding to images of `img_size` pixels, one number or (height, width)."""
+        self.config = replace(self.config, img_size=img_size)
+        self.pos_embed.set_grid(self.config.grids()[0])
 
-        Raises `InputError` for a policy that there is not, or that does not fit the model.
+    def set_memory(self, policy: str) -> None:
+        """Sets the activation checkpointing policy, see `ModelConfig.memory`; weights and outputs stay the same.
+
+        Raises `InputError` for an unknown policy, or one that does not fit the model.
         """
         parsed = CheckpointPolicy.parse(policy, self.config.reversible)
         self.config = replace(self.config, memory=policy)
@@ -212,13 +245,13 @@ class SReT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's switch: keep the input of every pass (of a reversible model: nothing), or everything."""
+        """timm's switch: sets the memory policy "pass" (of a reversible model: "reversible"), or "none"."""
         self.set_memory("none" if not enable else "reversible" if self.config.reversible else "pass")
 
     def compile(self, **options: Any) -> None:
-        """Compiles the pass of a recursion, once for all that have equal shapes, and not the unrolled model.
+        """Compiles one pass for all recursions of equal shapes, not the unrolled model.
 
-        That takes seconds for any depth. `options` are those of `torch.compile`.
+        Compile time does not grow with depth. `options` are those of `torch.compile`.
         """
         for module in self.modules():
             if isinstance(module, Recursion):
@@ -226,7 +259,7 @@ class SReT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters kept from weight decay although they have two dimensions or more."""
+        """Names of parameters that get no weight decay although they have two dimensions or more."""
         return {"pos_embed.weight"}
 
     @torch.jit.ignore
@@ -239,9 +272,12 @@ class SReT(nn.Module):
             else [(r"^stages\.(\d+)\.pool", (0,)), (r"^stages\.(\d+)\.recursions\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def _check_image(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise InputError(
-                f"images of shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
-            )
-        self.config.check((x.shape[-2], x.shape[-1]))
+
+@register_notrace_function
+def check_images(x: Tensor, config: ModelConfig) -> None:
+    """Raises `InputError` if x is not (B, in_chans, H, W), or has a size that cannot be sliced."""
+    if x.ndim != 4 or x.shape[1] != config.in_chans:
+        raise InputError(
+            f"images of shape {tuple(x.shape)}; this model takes (batch, {config.in_chans}, height, width)"
+        )
+    config.check((x.shape[-2], x.shape[-1]))

@@ -1,4 +1,4 @@
-"""The models that have names: the published ones, with the place where the authors keep their weights, and deep ones.
+"""Named models: the published ones, with the Drive ids of the authors' weights, and deep ones.
 
 Sizes and slices: Shen, Liu, Xing, ECCV 2022, arXiv:2111.05297 and the authors' release. Accuracies are the authors'
 ImageNet-1K top-1; none has been reproduced here.
@@ -71,7 +71,7 @@ PUBLISHED: dict[str, ModelConfig] = {
     "sret_s_unsliced_512": _s(GROUPS_UNSLICED, 512),
 }
 
-# The number is that of layers, passes of attention and MLP. Those for images of 32 pixels have one width.
+# The number in a name is that of layers (passes of attention and MLP). Models for 32-pixel images have the same width.
 DEEP: dict[str, ModelConfig] = {
     **{f"sret_deep_{n}": deep_config(layers=n, max_parameters=14_000_000) for n in (108, 1008)},
     **{
@@ -113,13 +113,13 @@ RELEASES: dict[str, Release] = {
 
 
 def config_of(name: str) -> ModelConfig:
-    """The configuration of a variant, tag or no tag. Raises `InputError` with the nearest name if there is none."""
+    """The configuration of a variant, with or without a tag. Raises `InputError` with the nearest name if unknown."""
     variant, _, tag = name.partition(".")
     if variant not in CONFIGS:
         raise InputError(f"unknown model {name!r} (known: {', '.join(CONFIGS)}){did_you_mean(variant, CONFIGS)}")
     if tag and name not in RELEASES:
         if variant in DEEP:
-            raise InputError(f"{variant} has no published weights, so no tag {tag!r}: its name stands alone")
+            raise InputError(f"{variant} has no published weights and so no tag {tag!r}; leave the tag out")
         tags = [release.partition(".")[2] for release in RELEASES if release.startswith(f"{variant}.")]
         raise InputError(f"{variant} has no weights tagged {tag!r}{did_you_mean(tag, tags)}; it has {', '.join(tags)}")
     return CONFIGS[variant]

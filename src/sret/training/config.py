@@ -1,7 +1,4 @@
-"""A recipe: everything that decides the weights a training run ends with, as one frozen dataclass.
-
-Beside it stands what the machine decides: with how many processes, and in how many parts, the same steps are computed.
-"""
+"""Training settings: the recipe, which determines the trained weights, and how a machine computes its steps."""
 
 import json
 import warnings
@@ -23,49 +20,53 @@ from sret.ranges import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Workers,
     check_ranges,
 )
 from sret.training.distillation.config import Distillation
 
-# timm's names. It has a hundred, some of which keep a part of their state where no state dict has it.
+# timm's names. timm has a hundred; some keep part of their state outside the state dict and could not resume exactly.
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "nadamw", "adopt")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What to train, on what, and how.
+    """A recipe: the model, the data and the settings of training.
 
     Attributes:
-        model: a `ModelConfig`, or its fields as plain values; or a published model's name, alone or as `name` beside
-            the fields to change. Classes and channels follow the data where plain values leave them out.
-        data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a set of the Hugging Face
-            hub; or a folder of images, of parquet files or of WebDataset shards.
-        init: weights to start from: a file of ours, or of the authors', also of other depth, classes or images
-            (`sret.checkpoints.adapt`). None starts afresh.
+        model: a `ModelConfig`, or its fields as plain values; or the name of a published model, alone or as `name`
+            with the fields to change. Plain values may leave out classes and channels, which are those of the data.
+        data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a data set of the Hugging
+            Face Hub; or a folder of images, of parquet files or of WebDataset shards.
+        exif_orientation: rotate photos as their EXIF orientation says, in prediction too.
+        init: weights to start from: a weights file (ours or the authors') or a published name such as
+            sret_t.dist_in1k, also with another depth, classes or image size. By default random.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
-        optimizer: "adamw", or another of timm's whose state can be saved whole.
-        learning_rate: the peak of a cosine with warm-up, at this batch size.
-        min_learning_rate: where the cosine ends.
-        warmup_epochs: epochs until the peak; may be a fraction.
-        weight_decay: on weights of two dimensions or more.
-        layer_decay: learning rate of a layer as a share of the next one's; None treats all alike.
-        freeze: parts of the model that stay as they are, such as "stem" or "stages.0".
-        clip_grad: largest norm of the gradient; None does not clip.
-        augmentation: what chance does to a training image.
-        mixup: images are mixed in pairs; alpha of the Beta distribution of the share, 0 is off.
-        cutmix: the same by pasting a rectangle; where both are on, a batch takes one of them by chance.
-        label_smoothing: share of the target given to all classes alike.
-        distillation: a teacher in place of the labels.
-        soft_labels: a folder that `sret soft-labels` wrote: its crops and its teacher's answers in place of the labels.
-        ema_decay: of a moving average of the weights, which is then evaluated and kept as the best; None has none.
-        patience: stop after this many epochs without a better one; None goes to the end.
-        seed: of all randomness.
+        optimizer: one of adamw, sgd, lamb, lion, nadamw and adopt, as timm names them.
+        learning_rate: the peak of the cosine schedule, for this batch size.
+        min_learning_rate: the end of the cosine schedule.
+        warmup_epochs: epochs of linear warm-up; may be a fraction.
+        weight_decay: of weights with two or more dimensions.
+        layer_decay: learning rate of a layer, relative to the next layer. By default all layers have the same.
+        freeze: parts of the model that are not trained, such as "stem" or "stages.0".
+        clip_grad: maximum norm of the gradient. By default it is not clipped.
+        augmentation: random changes of training images.
+        mixup: alpha of the Beta distribution with which pairs of images are mixed; 0 is off.
+        cutmix: alpha of CutMix, which pastes rectangles; 0 is off. With mixup too, each batch uses one at random.
+        label_smoothing: share of the target that is divided equally among all classes.
+        distillation: a teacher whose predictions replace the labels.
+        soft_labels: a folder written by `sret soft-labels`, whose crops and predictions replace images and labels.
+        ema_decay: decay of an exponential moving average (EMA) of the weights, which is then evaluated and saved as the
+            best weights. By default there is none.
+        patience: stop after this many epochs without a better one. By default all epochs run.
+        seed: seed of all random numbers.
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """
 
     model: ModelConfig | dict[str, Any] | str
     data: str = "digits"
+    exif_orientation: bool = True
     init: Path | None = None
     epochs: PositiveInt = 60
     batch_size: PositiveInt = 64
@@ -97,8 +98,7 @@ class TrainConfig:
             raise InputError("model has neither stages nor the name of a published model, as in --model.name sret_t")
         if isinstance(self.model, dict) and {"name", "stages"} <= self.model.keys():
             raise InputError(
-                f"model has stages of its own, and the name of a published model, {self.model['name']!r}; "
-                "give one of them"
+                f"model has stages, and the name of a published model, {self.model['name']!r}; give one of them"
             )
         self.model_config()
         check_ranges(self)
@@ -109,7 +109,7 @@ class TrainConfig:
         self._check_targets()
         if self.optimizer not in OPTIMIZERS:
             raise InputError(
-                f"optimizer is {self.optimizer!r}; it must be one of those that resume exactly: {', '.join(OPTIMIZERS)}"
+                f"optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}, which resume exactly"
             )
         if self.warmup_epochs >= self.epochs:
             warnings.warn(
@@ -119,29 +119,28 @@ class TrainConfig:
             )
 
     def _check_targets(self) -> None:
-        """Settings that another one would silently overrule are refused."""
-        if self.mixes and self.batch_size % 2:
+        """Raises `InputError` for a setting that another one would override silently."""
+        if self.is_mixing and self.batch_size % 2:
             raise InputError(f"batch_size is {self.batch_size}; mixup and cutmix pair images, so it must be even")
         if self.distillation is not None and self.soft_labels is not None:
             raise InputError("distillation and soft_labels both replace the labels; give one of them")
         if (self.distillation or self.soft_labels) and self.label_smoothing:
             raise InputError(
-                f"label_smoothing is {self.label_smoothing}, but the teacher's answers replace the labels; set it to 0"
+                f"label_smoothing is {self.label_smoothing}, but the targets are a teacher's predictions; set it to 0"
             )
-        if self.soft_labels is not None:
-            own = Augmentation(geometry="none", flip=False)
-            if self.augmentation != own:
-                raise InputError(
-                    "soft_labels bring their own crops, and their answers hold for these images alone; set "
-                    "augmentation to {geometry: none, flip: false} (mixup and cutmix may stay)"
-                )
+        if self.soft_labels is not None and self.augmentation != Augmentation(geometry="none", flip=False):
+            raise InputError(
+                "soft_labels have their own crops, and are valid only for these; set augmentation to "
+                "{geometry: none, flip: false} (mixup and cutmix may stay)"
+            )
 
     @property
-    def mixes(self) -> bool:
+    def is_mixing(self) -> bool:
+        """Whether mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
     def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig:
-        """The model for data of so many classes and channels, which what the recipe says need not agree with.
+        """The model, for data with this number of classes and channels, unless the recipe sets them itself.
 
         Raises `InputError` for an unknown name or field.
         """
@@ -154,29 +153,29 @@ class TrainConfig:
         return config_of(given.pop("name")).with_changes(given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, to be stored and compared."""
+        """Plain values, for files and comparisons."""
         return json.loads(json.dumps(asdict(self), default=str))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How a machine computes the steps of a recipe; the weights do not depend on it, but for rounding.
+class RuntimeConfig:
+    """How a machine computes the steps of a recipe. The weights depend on it only by rounding.
 
-    (The stem's BatchNorm takes its statistics over all processes, but over one part of an accumulated step at a time:
-    with `grad_accum_steps` above 1 the weights do depend on it, unless the stem is frozen.)
+    Exception: with `grad_accum_steps` above 1 the stem's BatchNorm takes its statistics over one part of a step, so the
+    weights depend on it unless the stem is frozen.
 
     Attributes:
-        num_workers: processes that load images, beside each process that trains.
-        grad_accum_steps: parts that each process computes a step in, one after the other, to need less memory.
-        compile: compile a pass of each stage first, which takes a minute or two and a C++ compiler; steps then take
+        num_workers: processes that load images, for each process that trains.
+        grad_accum_steps: gradient accumulation: parts in which each process computes a step, to need less memory.
+        compile: compile one pass of each stage first, which takes a minute or two and a C++ compiler; steps then need
             less time and memory.
-        fsdp: divide weights, gradients and optimizer among the processes (FSDP2) instead of copying them (DDP).
-        max_corrupt: images that may be skipped because they cannot be read; the next one stands in for each.
-        save_every: save the state after every so many steps too, not only after an epoch.
-        trackers: such as "tensorboard": accelerate's names of what receives the metrics too.
+        fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP).
+        max_corrupt: number of unreadable images that may be skipped; the next image replaces each.
+        save_every: also save the state after this many steps. By default it is saved after each epoch.
+        trackers: names of accelerate's trackers that receive the metrics, such as "tensorboard".
     """
 
-    num_workers: NonNegativeInt = 0
+    num_workers: Workers = 0
     grad_accum_steps: PositiveInt = 1
     compile: bool = False
     fsdp: bool = False
@@ -188,15 +187,17 @@ class Launch:
         object.__setattr__(self, "trackers", _tuple(self.trackers))
         check_ranges(self)
         if self.compile and self.fsdp:
-            raise InputError("compile and fsdp exclude each other: sharded weights are gathered between the passes")
+            raise InputError(
+                "compile and fsdp cannot be used together: FSDP gathers weights between passes; set one to false"
+            )
 
 
 def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the weights of a run, of a recipe as plain values: all but how backward saves memory exactly."""
+def resume_key(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe that must be equal to resume: all, except for memory policies with equal gradients."""
     model = recipe["model"]
     if model.get("memory", "none") in EXACT:
         model = {**model, "memory": "exact"}

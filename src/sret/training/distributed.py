@@ -1,8 +1,8 @@
-"""One model on several processes: they start, share gradients and BatchNorm, save whole states, and fail together.
+"""Trains on several processes: DDP or FSDP2, BatchNorm over all processes, whole states, and common errors.
 
-Copies of the model are kept equal by torch's DDP. Sharding is torch's `fully_shard` (FSDP2), applied here: a recursion
-is a unit, whose weights are gathered once for all of its passes, and its gradient is reduced once. (accelerate 1.15
-takes DDP in silence where FSDP is asked for on CPU, so that its sharding could not be tested there.)
+FSDP2 is torch's `fully_shard`, applied here with a recursion as its unit: weights are gathered once for all passes, and
+gradients are reduced once. (accelerate 1.15 silently uses DDP if FSDP is requested on CPUs, where it could not be
+tested.)
 """
 
 import os
@@ -25,14 +25,14 @@ from torch.optim import Optimizer
 
 from sret.errors import InputError
 from sret.layers import Recursion
-from sret.training.config import Launch, TrainConfig
+from sret.training.config import RuntimeConfig, TrainConfig
 
-LONGEST_WAIT = timedelta(hours=2)  # for the first process to fetch, index or save
+PROCESS_TIMEOUT = timedelta(hours=2)  # while the first process downloads, indexes or saves
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class _Mean(torch.autograd.Function):
-    """Of equal shapes in all processes, each gets the mean; so do the gradients."""
+    """The mean of the tensors of all processes, in forward and of the gradients in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,16 +44,16 @@ class _Mean(torch.autograd.Function):
 
 
 def mean_of_processes(x: Tensor) -> Tensor:
-    """The mean of the tensors, equal in shape, that the processes hold."""
+    """The mean of the tensors, of equal shapes, of all processes."""
     mean = x / distributed.get_world_size()
     distributed.all_reduce(mean)
     return mean
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes, on any device; torch's own is for GPUs alone.
+    """BatchNorm over the images of all processes, on any device; torch's version supports only GPUs.
 
-    All processes hold equally many images of a step, so that the mean of their means is the mean of all.
+    All processes have the same number of images, so the mean of their means is the mean of all images.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         assert self.momentum is not None
         with torch.autocast(x.device.type, enabled=False):
-            inputs = x.to(self.weight.dtype)  # statistics in full precision, as BatchNorm takes them
+            inputs = x.to(self.weight.dtype)  # statistics in full precision, as in BatchNorm
             mean = _Mean.apply(inputs.mean((0, 2, 3)))
             centred = inputs - mean.view(-1, 1, 1)
             variance = _Mean.apply(centred.square().mean((0, 2, 3)))
@@ -75,7 +75,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:
-    """Makes every BatchNorm of the model take its statistics over all processes; keys and values stay."""
+    """Replaces every BatchNorm of the model by one with statistics over all processes; keys and values stay."""
     for name, child in model.named_children():
         if not isinstance(child, nn.BatchNorm2d):
             synchronize_batch_norm(child)
@@ -88,7 +88,7 @@ def synchronize_batch_norm(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """Divides the parameters among all processes, recursion by recursion (FSDP2)."""
+    """Shards the parameters over all processes, with a recursion as the unit (FSDP2)."""
     for module in model.modules():
         if isinstance(module, Recursion):
             fully_shard(module)
@@ -98,7 +98,7 @@ def shard(model: nn.Module) -> None:
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with its gradients averaged over all processes (DDP); the model itself if there is one process.
 
-    (accelerate's `prepare` would also make the model's own forward run in reduced precision, for good.)
+    (accelerate's `prepare` would also change the model's own forward permanently to reduced precision.)
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model
@@ -106,8 +106,8 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def gradients_shared(net: nn.Module, is_last: bool) -> Iterator[None]:
-    """Within this context backward shares its gradients among the processes only for the last part of a step."""
+def reduce_gradients(net: nn.Module, is_last: bool) -> Iterator[None]:
+    """Within this context backward reduces gradients over the processes only in the last part of a step."""
     if isinstance(net, FSDPModule):
         net.set_requires_gradient_sync(is_last)
     with net.no_sync() if isinstance(net, DistributedDataParallel) and not is_last else nullcontext():
@@ -115,74 +115,74 @@ def gradients_shared(net: nn.Module, is_last: bool) -> Iterator[None]:
 
 
 def non_finite(model: nn.Module) -> list[str]:
-    """Names of the weights that hold a number that is not finite, in this process's part of them."""
+    """Names of the weights with values that are not finite, in this process's shard."""
     tensors = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
     is_finite = {name: x.isfinite().all() for name, x in tensors.items() if x.is_floating_point()}
-    if not is_finite or torch.stack(list(is_finite.values())).all():  # one wait for the device, as a rule
+    if not is_finite or torch.stack(list(is_finite.values())).all():  # usually only one synchronisation with the device
         return []
     return [name for name, value in is_finite.items() if not value]
 
 
 def raise_together(error: str | None) -> None:
-    """Every process calls this: if one has an error, all raise it, as `InputError`, and none waits for another."""
+    """Every process calls this; if one passes an error, all raise it as `InputError`, and none waits for another."""
     if errors := gather_object([error] if error else []):
         raise InputError(errors[0])
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Whole tensors on the CPU; every process takes part, only the first one gets them."""
+    """The whole tensors on the CPU, in the first process only; every process must call this."""
     return state_dict.get_model_state_dict(model, options=WHOLE)
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Gives every process its part of whole tensors."""
+    """Loads whole tensors; every process takes its shard."""
     state_dict.set_model_state_dict(model, state, options=WHOLE)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Keyed by the names of parameters, so that any layout can take it up; empty before the first step.
+    """Keyed by parameter names, so that any number of processes can load it; empty before the first step.
 
-    (torch would make up a state by a step of its own, which Adam's bias correction counts.)
+    (torch would create a state by a step of its own, which Adam's bias correction would count.)
     """
     return state_dict.get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Gives every process its part of a whole state; an empty one is that of a fresh optimizer."""
+    """Loads a whole state; every process takes its shard. An empty state is that of a new optimizer."""
     if state:
         state_dict.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
 
 
-def make_accelerator(config: TrainConfig, launch: Launch, out: Path) -> Accelerator:
-    """The processes, devices and precision of a run. Raises `InputError` for an engine that would not be used."""
+def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> Accelerator:
+    """The processes, devices and precision of a run. Raises `InputError` for settings that would have no effect."""
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
             raise InputError(
-                f"accelerate was asked for {engine}, which this command does not use; launch several plain processes "
-                "(accelerate launch --multi_gpu, or torchrun), and say --shard true to divide the model among them"
+                f"accelerate is configured for {engine}, which this command does not use; start plain processes with "
+                "`accelerate launch --multi_gpu` or torchrun, and set --fsdp true to shard the model over them"
             )
-    AcceleratorState._reset_state()  # of an earlier run in this process, with another precision perhaps
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            log_with=list(launch.trackers) or None,
+            log_with=list(runtime.trackers) or None,
             project_dir=out,
-            # Ours; what the environment says would scale the loss a second time.
+            # Accumulation is done here; a value from the environment would scale the loss a second time.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
-    except ValueError as error:  # an unknown tracker, a precision that the device has not
+    except ValueError as error:  # an unknown tracker, or a precision that the device does not support
         raise InputError(str(error)) from error
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
         raise InputError(
-            f"{launched} processes were launched, and accelerate sees {accelerator.num_processes}: each would train "
-            "for itself; without GPUs, set ACCELERATE_USE_CPU=true"
+            f"{launched} processes were started, but accelerate sees {accelerator.num_processes}, so each would train "
+            "alone; without GPUs, set ACCELERATE_USE_CPU=true"
         )
-    missing = set(launch.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = set(runtime.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise InputError(f"trackers: {', '.join(sorted(missing))} is not installed; pip install it, or leave it out")
-    if launch.fsdp and accelerator.num_processes == 1:
-        raise InputError("shard divides the model among processes, and there is one; start more, with torchrun")
-    if launch.fsdp and config.mixed_precision == "fp16":
-        raise InputError("shard does not go with fp16; use bf16")
+    if runtime.fsdp and accelerator.num_processes == 1:
+        raise InputError("fsdp divides the model among processes, and there is only one; start more with torchrun")
+    if runtime.fsdp and config.mixed_precision == "fp16":
+        raise InputError("fsdp does not support fp16; use bf16")
     return accelerator

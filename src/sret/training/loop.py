@@ -1,11 +1,10 @@
-"""Training, top to bottom: data, model, optimizer, resume, steps, evaluate, save.
+"""The training loop, from top to bottom: set-up, resume, steps, evaluation, save.
 
-Every random number of a run is a function of its seed and of a position: the order of the images of (seed, epoch),
-the augmentation of an image of (seed, epoch, image), mixing and permutations of (seed, step), dropout of (seed,
-step, part of the step). So a run that is stopped at any step and resumed ends with the weights of one that was not.
+Every random number is a function of the seed and a position: the order of images of (seed, epoch), the augmentation of
+an image of (seed, epoch, image), mixing and permutations of (seed, step), dropout of (seed, step, part of the step).
+So a run that is stopped at any step and resumed gives the same weights as one that was not.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -16,23 +15,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sret.checkpoints.state import digest_of_state
 from sret.data.augment import mix
-from sret.data.dataset import Unreadable
+from sret.data.dataset import check_output_dir
+from sret.data.loading import Unreadable
 from sret.data.preprocess import Normalized
 from sret.errors import InputError, is_out_of_memory
 from sret.inference.evaluate import evaluate
+from sret.inference.png_report import write_png
+from sret.inference.statistics import Statistics
 from sret.models.config import ModelConfig
-from sret.training import distributed as parallel
-from sret.training import progress as report
-from sret.training import run_dir as run
-from sret.training.config import Launch, TrainConfig
+from sret.training import distributed, run_dir
+from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.teacher import soft_targets
-from sret.training.metrics import Look, Monitor
+from sret.training.lock import locked
+from sret.training.metrics import (
+    MetricsBuffer,
+    Progress,
+    StepMetrics,
+    check_finite,
+    epoch_row,
+    has_stalled,
+    selection_key,
+)
 from sret.training.optim import rate_of
-from sret.training.signals import StopRequest, obey
-from sret.training.state import Setup, TrainingState, prepare
+from sret.training.setup import Setup, prepare
+from sret.training.signals import StopRequest, raise_signal
+from sret.training.state import TrainingState
 
-PERMUTATIONS_PER_STEP = 1 << 20  # more than a step can draw: steps never share a permutation
+PERMUTATIONS_PER_STEP = 1 << 20  # more than a step draws, so that steps do not share permutations
 
 
 def train(
@@ -40,52 +51,71 @@ def train(
     out: Path,
     resume: Literal["auto"] | None = None,
     max_steps: int | None = None,
-    launch: Launch | None = None,
-    watch: Callable[[Look], None] | None = None,
+    runtime: RuntimeConfig | None = None,
+    on_metrics: Callable[[StepMetrics], None] | None = None,
 ) -> Path:
-    """Trains and leaves in `out` the best and last weights, the resumable state, metrics and a report.
+    """Trains a model; writes the best and last weights, the state, metrics and a report to `out`.
 
     Args:
-        out: a folder without a run in it, unless `resume` is "auto", which then continues that run.
-        max_steps: stop after this many optimizer steps in all, resumable, whatever `epochs` says.
-        launch: how this machine computes the steps.
-        watch: is called with what a look at the last steps showed, about once a second.
+        out: a folder without a run, unless `resume` is "auto", which continues the run in it.
+        max_steps: stop after this many optimizer steps in total; the run can be resumed.
+        runtime: how this machine computes the steps.
+        on_metrics: is called with the metrics of the latest steps, about once a second.
 
-    Returns the path of the best weights (the last, if it stopped before the first epoch's end).
-    Raises `InputError` for what cannot be: an occupied folder, data and model that do not fit, a foreign state, a step
-    that runs out of memory.
-    Raises `KeyboardInterrupt` or `SystemExit` after Ctrl-C or SIGTERM, when the step is done and all is saved.
+    Returns the path of the best weights (of the last ones, if it stopped during the first epoch).
+    Raises `InputError` for an occupied folder, or one that another run writes to; data that does not fit the model; the
+    state of another run; a step that runs out of memory.
+    Raises `KeyboardInterrupt` or `SystemExit` after Ctrl-C or SIGTERM, when the step is done and the state is saved.
     """
-    launch = launch or Launch()
+    runtime = runtime or RuntimeConfig()
     if max_steps is not None and max_steps < 1:
         raise InputError(f"max_steps is {max_steps}; it must be at least 1")
-    setup, found = prepare(config, out, resume, max_steps, launch)
-    state = TrainingState(Unreadable(launch.max_corrupt))
+    check_output_dir(out, config.data)
+    accelerator = distributed.make_accelerator(config, runtime, out)
+    with locked(out):
+        setup, found = prepare(config, out, resume, max_steps, runtime, accelerator)
+        state = TrainingState(Unreadable(runtime.max_corrupt), digest=digest_of_state(out / run_dir.STATE))
+        try:
+            return run_steps(setup, state, found, on_metrics)
+        finally:
+            setup.close()
+
+
+def run_steps(
+    setup: Setup,
+    state: TrainingState,
+    found: dict[str, Any] | None,
+    on_metrics: Callable[[StepMetrics], None] | None,
+) -> Path:
+    """Runs steps and evaluations, from the saved state `found` or from the beginning. Returns what `train` returns."""
+    config, out = setup.config, setup.out
     if found is not None:
         state.restore(setup, found)
     else:
-        state.save(setup, out)  # claims the folder, and shows that it can be written to before any work is done
+        state.save(setup, out)  # claims the folder, and fails early if it cannot be written to
     start_trackers(setup)
     shown = (setup.console, setup.accelerator, setup.epoch_steps, setup.total_steps, state.step)
-    with StopRequest() as stop, report.Progress(*shown) as progress:
-        monitor = Monitor(setup.accelerator, state.unreadable, stop)
-        signal: Signals | None = None  # which all processes have agreed on
+    with StopRequest() as stop, Progress(*shown) as progress:
+        buffer = MetricsBuffer(setup.accelerator, state.unreadable, stop)
+        signal: Signals | None = None  # the same in all processes
         while signal is None and (state.step < setup.last_step or len(state.rows) < state.step // setup.epoch_steps):
             if has_stalled(state.rows, state.best, config.patience):
                 setup.console.print(f"Stopped early: no better epoch in {config.patience}", soft_wrap=True)
                 break
-            if len(state.rows) == state.step // setup.epoch_steps:  # else only the evaluation of the epoch is missing
-                signal = train_epoch(setup, state, monitor, progress, watch)
+            if (
+                len(state.rows) == state.step // setup.epoch_steps
+            ):  # otherwise only the evaluation of the epoch is missing
+                signal = train_epoch(setup, state, buffer, progress, on_metrics)
                 if signal is not None or state.step % setup.epoch_steps:
                     state.save(setup, out)
                     break
-            signal = validate(setup, state, monitor, progress)
+            signal = validate(setup, state, buffer, progress)
     return finish(setup, state, signal)
 
 
 def start_trackers(setup: Setup) -> None:
-    """Tells the trackers that the user named, such as TensorBoard, about the recipe."""
-    if setup.launch.trackers:
+    """Starts the trackers of the runtime settings, such as TensorBoard, with the recipe."""
+    if setup.runtime.trackers:
         about = {key: str(value) for key, value in setup.recipe.items()}
         setup.accelerator.init_trackers("sret", about, init_kwargs={"wandb": {"name": setup.out.name}})
 
@@ -93,13 +123,13 @@ def start_trackers(setup: Setup) -> None:
 def train_epoch(
     setup: Setup,
     state: TrainingState,
-    monitor: Monitor,
-    progress: report.Progress,
-    watch: Callable[[Look], None] | None,
+    buffer: MetricsBuffer,
+    progress: Progress,
+    on_metrics: Callable[[StepMetrics], None] | None,
 ) -> Signals | None:
-    """Steps up to the end of the epoch or of the run, or until a signal, which is returned.
+    """Trains to the end of the epoch or of the run, or until a signal, which is returned.
 
-    Saves after every `save_every` steps, but not after the last step: what follows it saves.
+    Saves after every `save_every` steps, but not after the last one, since the caller saves then.
 
     Raises `InputError` for a loss that is not finite, too many unreadable images, and a step that runs out of memory.
     """
@@ -109,38 +139,38 @@ def train_epoch(
     setup.batches.start_at(epoch, done)
     loaded = iter(setup.train_loader)
     end = min((epoch + 1) * setup.epoch_steps, setup.last_step)
-    save_every = setup.launch.save_every
+    save_every = setup.runtime.save_every
     setup.net.train()
     for module in setup.frozen:
         module.eval()
-    monitor.restart()
+    buffer.restart_clock()
     signal: Signals | None = None
     while state.step < end and signal is None:
-        monitor.add(*train_step(setup, state, loaded))
+        buffer.add(*train_step(setup, state, loaded))
         must_save = save_every is not None and state.step % save_every == 0
-        if monitor.is_due or must_save or state.step == end:
-            look = monitor.look()
-            check_finite(look.losses, state.step, setup.epoch_steps, setup.out)
-            state.add(look)
-            signal = look.signal
-            if watch is not None:
-                watch(look)
-            progress.show(state.step, look, setup.config.batch_size, rate_of(setup.optimizer))
+        if buffer.is_due or must_save or state.step == end:
+            metrics = buffer.flush()
+            check_finite(metrics.losses, state.step, setup.epoch_steps, setup.out)
+            state.add(metrics)
+            signal = metrics.signal
+            if on_metrics is not None:
+                on_metrics(metrics)
+            progress.show(state.step, metrics, setup.config.batch_size, rate_of(setup.optimizer))
         if must_save and state.step < end and signal is None:
             state.save(setup, setup.out)
-            monitor.restart()
+            buffer.restart_clock()
     return signal
 
 
 def train_step(setup: Setup, state: TrainingState, loaded: Iterator[Any]) -> tuple[Tensor, Tensor, Iterable[str]]:
-    """One optimizer step over the next images that were loaded.
+    """One optimizer step.
 
-    Returns the mean loss and the share of right predictions of this process, as scalars on its device, and a text for
-    each image that could not be read.
+    Returns the mean loss and the share of correct predictions of this process, as scalars on its device, and an error
+    message for each image that could not be read.
     """
     setup.schedule.step_update(state.step)
-    parts = setup.launch.grad_accum_steps
-    with out_of_memory_advice(setup.model.config, setup.launch):
+    parts = setup.runtime.grad_accum_steps
+    with out_of_memory_advice(setup.model.config, setup.runtime):
         computed = [forward_backward(setup, state.step, part, loaded) for part in range(parts)]
         losses, accuracies, errors = zip(*computed, strict=True)
         if setup.config.clip_grad is not None:
@@ -158,19 +188,19 @@ def forward_backward(setup: Setup, step: int, part: int, loaded: Iterator[Any]) 
 
     Sets the RNG states of torch and of the model's permutations to functions of the seed, `step` and `part`.
 
-    Returns the loss, the share of right predictions, and a text for each image, empty if it could be read.
+    Returns the loss, the share of correct predictions, and an error message for each image, empty if it was read.
     """
-    config, accelerator, parts = setup.config, setup.accelerator, setup.launch.grad_accum_steps
+    config, accelerator, parts = setup.config, setup.accelerator, setup.runtime.grad_accum_steps
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     images, labels, errors = next(loaded)
     images = images.to(accelerator.device, non_blocking=True)
     labels = labels.to(accelerator.device, non_blocking=True)
     targets = soft_targets(labels, len(setup.data.class_names), config.label_smoothing)
-    if config.mixes:
+    if config.is_mixing:
         images, targets = mix(images, targets, config.mixup, config.cutmix, key=(config.seed, step))
     torch.manual_seed((config.seed << 32) + (step * parts + part) * num_ranks + rank)
     setup.model.permuter.load_state_dict({"seed": config.seed, "count": step * PERMUTATIONS_PER_STEP})
-    with parallel.gradients_shared(setup.net, is_last=part == parts - 1):
+    with distributed.reduce_gradients(setup.net, is_last=part == parts - 1):
         with accelerator.autocast():
             targets = targets if setup.teacher is None else setup.teacher(images)
             logits = setup.net(setup.preprocessing.normalize(images)).float()
@@ -179,65 +209,75 @@ def forward_backward(setup: Setup, step: int, part: int, loaded: Iterator[Any]) 
     return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean(), errors
 
 
-def validate(setup: Setup, state: TrainingState, monitor: Monitor, progress: report.Progress) -> Signals | None:
+def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress: Progress) -> Signals | None:
     """Evaluates the weights, and their moving average, on the validation images; adds a row of metrics; saves.
 
-    Returns the signal that came meanwhile. One that came during the evaluation leaves no row: the evaluation comes
-    first when the run is resumed.
+    Returns the signal that arrived meanwhile. If it stopped the evaluation, no row is added, and a resumed run starts
+    with the evaluation.
     """
     evaluated = {"val": setup.model} if setup.ema is None else {"val": setup.model, "ema": setup.ema.module}
     results = {
         name: evaluate(
-            Normalized(model, setup.preprocessing), setup.val_loader, setup.accelerator, state.unreadable, monitor.stop
+            Normalized(model, setup.preprocessing), setup.val_loader, setup.accelerator, state.unreadable, buffer.stop
         )
         for name, model in evaluated.items()
     }
     complete = {name: result for name, result in results.items() if result is not None}
-    if len(complete) < len(results):  # asked to stop
-        signal = monitor.agreed_signal()
+    if len(complete) < len(results):  # a signal stopped the evaluation
+        signal = buffer.agreed_signal()
         state.save(setup, setup.out)
         return signal
     rate, batch_size = rate_of(setup.optimizer), setup.config.batch_size
     metrics = {name: measured for name, (measured, _) in complete.items()}
-    state.rows.append(report.row(state.step, setup.epoch_steps, batch_size, rate, state.sums, metrics))
-    state.best = max((row for row in (state.best, state.rows[-1]) if row), key=report.merit)
+    state.rows.append(epoch_row(state.step, setup.epoch_steps, batch_size, rate, state.sums, metrics))
+    state.best = max((row for row in (state.best, state.rows[-1]) if row), key=selection_key)
     if state.best is state.rows[-1]:
         _, state.best_predictions = complete["val" if setup.ema is None else "ema"]
     progress.epoch(state.rows[-1], state.best)
     state.save(setup, setup.out)
-    return monitor.agreed_signal()
+    return buffer.agreed_signal()
 
 
 def finish(setup: Setup, state: TrainingState, signal: Signals | None) -> Path:
-    """Says how the run ended and draws the report. Returns the path of the best weights, or of the last ones.
+    """Prints how the run ended and draws the report. Returns the path of the best weights, or of the last ones.
 
     Raises `KeyboardInterrupt` or `SystemExit` if a signal ended the run.
     """
     console, out = setup.console, setup.out
-    if setup.launch.trackers:
+    if setup.runtime.trackers:
         setup.accelerator.end_training()
     if signal is not None:
-        text = f"Stopped and saved at step {state.step} of {setup.total_steps}; --resume auto goes on"
+        text = f"Stopped and saved at step {state.step} of {setup.total_steps}; --resume auto continues"
         console.print(text, soft_wrap=True)
-        obey(signal)
+        raise_signal(signal)
     if state.best is None:
-        text = f"Stopped at step {state.step} of {setup.total_steps}; --resume auto goes on"
+        text = f"Stopped at step {state.step} of {setup.total_steps}; --resume auto continues"
         console.print(text, soft_wrap=True)
-        return out / run.LAST
+        return out / run_dir.LAST
     if setup.accelerator.is_main_process:  # nobody waits for it
-        assert state.best_predictions is not None
-        report.draw(out, state.rows, setup.data, setup.preprocessing, state.best_predictions)
+        draw_report(setup, state)
     console.print(
-        f"Best validation accuracy {report.merit(state.best)[0]:.2f} % ({len(setup.data.split('val'))} images, epoch "
-        f"{state.best['epoch']}); weights in {out / run.BEST}",
+        f"Best validation accuracy {selection_key(state.best)[0]:.2f} % ({len(setup.data.split('val'))} images, epoch "
+        f"{state.best['epoch']}); weights in {out / run_dir.BEST}",
         soft_wrap=True,
     )
-    return out / run.BEST
+    return out / run_dir.BEST
+
+
+def draw_report(setup: Setup, state: TrainingState) -> None:
+    """Draws the curves of the run, and the predictions of the best epoch on the validation images."""
+    assert state.best is not None
+    assert state.best_predictions is not None
+    data, names = setup.data, setup.data.class_names
+    title = f"{data.name}, validation, epoch {state.best['epoch']} of {state.rows[-1]['epoch']}"
+    found = Statistics.of(state.best_predictions, len(names))
+    path = setup.out / run_dir.REPORT
+    write_png(path, title, names, found, data.split("val"), setup.preprocessing, state.rows, state.best)
 
 
 @contextmanager
-def out_of_memory_advice(model: ModelConfig, launch: Launch) -> Iterator[None]:
-    """Within this context running out of memory is an `InputError` that lists the settings which need less."""
+def out_of_memory_advice(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[None]:
+    """Within this context running out of memory raises `InputError` with the settings that need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -246,24 +286,8 @@ def out_of_memory_advice(model: ModelConfig, launch: Launch) -> Iterator[None]:
         policies = ("reversible",) if model.reversible else ("pass", "nested")
         less = policies[policies.index(model.memory) + 1 :] if model.memory in policies else policies
         options = [*(f"--model.memory {policy}" for policy in less)]
-        options += [f"--grad_accum_steps {2 * launch.grad_accum_steps}", "a smaller --batch_size"]
+        options += [f"--grad_accum_steps {2 * runtime.grad_accum_steps}", "a smaller --batch_size"]
         raise InputError(
             f"a step ran out of memory; these need less, the first ones at the same batch size: {', '.join(options)}; "
-            "the last saved state is whole, and --resume auto continues from it"
+            "--resume auto continues from the last saved state"
         ) from error
-
-
-def has_stalled(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, patience: int | None) -> bool:
-    """Whether the best epoch lies `patience` epochs back."""
-    return best is not None and patience is not None and rows[-1]["epoch"] - best["epoch"] >= patience
-
-
-def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path) -> None:
-    """Raises `InputError` naming the first of the steps up to `step` whose loss is not finite."""
-    for before, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            at = step - len(losses) + before + 1
-            raise InputError(
-                f"the loss became {loss} at step {at} (epoch {(at - 1) // epoch_steps + 1}); {out} keeps its last "
-                "state; try a lower learning_rate, a longer warm-up or clip_grad"
-            )

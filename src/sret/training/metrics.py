@@ -1,29 +1,44 @@
-"""What happened in the last steps, the same for every process, looked at about once a second.
+"""Metrics of a training run: gathered from all processes, shown, sent to trackers, and stored as a row per epoch.
 
-Reading a number off a GPU makes it wait, and asking all processes costs a message. So losses stay where they are
-computed until a look is due; the look names the very step at which one was not finite.
+Reading a value from a GPU waits for it, and asking all processes costs a message. So losses stay on their device, and
+about once a second all processes flush them together.
 """
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from signal import Signals
+from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 
-from sret.data.dataset import Unreadable
+from sret.data.dataset import ImageData
+from sret.data.loading import Unreadable
+from sret.errors import InputError
+from sret.inference.evaluate import Metrics
+from sret.models.cost import model_cost
+from sret.models.sret import SReT
 from sret.training.signals import StopRequest
 
-SECONDS_BETWEEN_LOOKS = 1.0
-MOST_STEPS_BETWEEN_LOOKS = 50
+MIB = 1 << 20
+FLUSH_SECONDS = 1.0  # between two flushes, about
+MAX_STEPS_PER_FLUSH = 50
 
 
 @dataclass(frozen=True)
-class Look:
-    """Of the steps since the last look: loss and share of right answers of each; seconds of all; a signal to stop."""
+class StepMetrics:
+    """Metrics of the steps since the last flush: loss and share of correct predictions of each step, seconds of all
+    together, and a signal to stop."""
 
     losses: list[float]
     accuracies: list[float]
@@ -32,30 +47,30 @@ class Look:
 
 
 @dataclass
-class Monitor:
-    """Gathers the steps of this process between looks; `look` shares them with all processes."""
+class MetricsBuffer:
+    """Collects the metrics of this process; `flush` averages them over all processes."""
 
     accelerator: Accelerator
     unreadable: Unreadable
     stop: StopRequest
-    interval: int = 1  # steps; the same in all processes, since they agree on the seconds
+    interval: int = 1  # steps between flushes; the same in all processes
     _losses: list[Tensor] = field(default_factory=list)
     _accuracies: list[Tensor] = field(default_factory=list)
     _errors: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 
-    def restart(self) -> None:
-        """What went by was no step: the clock starts anew."""
+    def restart_clock(self) -> None:
+        """Restarts the clock after something that was not a step."""
         self._started = time.perf_counter()
 
     def add(self, loss: Tensor, accuracy: Tensor, errors: Iterable[str]) -> None:
-        """One step of this process: its mean loss and share of right answers, and images it could not read."""
+        """Adds a step of this process: mean loss, share of correct predictions, errors of images."""
         self._losses.append(loss)
         self._accuracies.append(accuracy)
         self._errors += [error for error in errors if error]
 
     def agreed_signal(self) -> Signals | None:
-        """The signal that all processes obey, if one of them got one; every process asks at the same time."""
+        """The signal that any process got, the same in all; every process must call this."""
         numbers = torch.tensor(self.stop.as_numbers(), device=self.accelerator.device)
         return StopRequest.from_numbers(*self.accelerator.reduce(numbers, "sum").tolist())
 
@@ -64,8 +79,10 @@ class Monitor:
         is_alone = self.accelerator.num_processes == 1
         return len(self._losses) >= self.interval or (is_alone and (self.stop.is_made or bool(self._errors)))
 
-    def look(self) -> Look:
-        """Every process calls this after the same steps. Raises `InputError` past the limit of unreadable images."""
+    def flush(self) -> StepMetrics:
+        """Averages over the processes; each must call this after the same step.
+
+        Raises `InputError` past the limit of unreadable images."""
         steps = len(self._losses)
         mine = [time.perf_counter() - self._started, len(self._errors), *self.stop.as_numbers()]
         numbers = [*self._losses, *self._accuracies, *torch.tensor(mine, device=self.accelerator.device)]
@@ -73,8 +90,111 @@ class Monitor:
             torch.stack(numbers), "mean"
         ).tolist()
         if errors:
-            self.unreadable.note(gather_object(self._errors), is_quiet=not self.accelerator.is_main_process)
-        self.interval = min(MOST_STEPS_BETWEEN_LOOKS, max(1, int(SECONDS_BETWEEN_LOOKS * steps / seconds)))
+            self.unreadable.add(gather_object(self._errors), is_quiet=not self.accelerator.is_main_process)
+        self.interval = min(MAX_STEPS_PER_FLUSH, max(1, int(FLUSH_SECONDS * steps / seconds)))
         self._losses, self._accuracies, self._errors = [], [], []
-        self.restart()
-        return Look(scores[:steps], scores[steps:], seconds, StopRequest.from_numbers(interrupts, terminations))
+        self.restart_clock()
+        return StepMetrics(scores[:steps], scores[steps:], seconds, StopRequest.from_numbers(interrupts, terminations))
+
+
+def epoch_row(
+    step: int, epoch_steps: int, batch_size: int, rate: float, sums: Mapping[str, float], metrics: Mapping[str, Metrics]
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`: an epoch. Losses in nats, accuracies in percent, the rate after its last step.
+
+    Args:
+        sums: of loss, share of correct predictions and seconds over the steps of the epoch. A prediction is correct if
+            it is the most probable class of the target, which may be mixed or a teacher's.
+        metrics: on validation images, of the weights ("val") and of their moving average ("ema").
+    """
+    values = {
+        "epoch": step // epoch_steps,
+        "step": step,
+        "learning_rate": rate,
+        "train_loss": sums["loss"] / epoch_steps,
+        "train_top1": 100 * sums["accuracy"] / epoch_steps,
+    }
+    for name, measured in metrics.items():
+        values |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1, f"{name}_top5": measured.top5}
+    return {**values, "images_per_second": epoch_steps * batch_size / sums["seconds"]}
+
+
+def selection_key(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The key by which the best epoch is chosen: accuracy, then loss; of the moving average if there is one."""
+    which = "ema" if "ema_top1" in row else "val"
+    return row[f"{which}_top1"], -row[f"{which}_loss"]
+
+
+def has_stalled(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, patience: int | None) -> bool:
+    """Whether the best epoch was `patience` epochs ago."""
+    return best is not None and patience is not None and rows[-1]["epoch"] - best["epoch"] >= patience
+
+
+def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path) -> None:
+    """Raises `InputError` naming the first step whose loss is not finite; `losses` end with that of `step`."""
+    for before, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            at = step - len(losses) + before + 1
+            raise InputError(
+                f"the loss became {loss} at step {at} (epoch {(at - 1) // epoch_steps + 1}); {out} keeps its last "
+                "state; try a lower learning_rate, a longer warm-up or clip_grad"
+            )
+
+
+def describe(console: Console, model: SReT, data: ImageData) -> None:
+    """Prints two lines: the data, and the model's parameters, passes and cost."""
+    cost = model_cost(model.config)
+    passes = " + ".join(f"{stage.num_blocks} x {stage.num_passes}" for stage in model.config.stages)
+    sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in data.splits.items())
+    height, width = model.config.input_size
+    console.print(f"Data    {data.name}: {len(data.class_names)} classes; images: {sizes}", soft_wrap=True)
+    console.print(
+        f"Model   {cost.parameters:,} parameters; {model.config.depth} layers (blocks x passes: {passes}); "
+        f"{cost.flops / 1e6:,.1f} MFLOPs ({cost.macs / 1e6:,.1f} M multiply-adds) for a {height}x{width} image",
+        soft_wrap=True,
+    )
+
+
+class Progress:
+    """Shows progress: a bar on a terminal, a line per epoch, and metrics for the trackers."""
+
+    def __init__(
+        self, console: Console, accelerator: Accelerator, epoch_steps: int, total_steps: int, step: int
+    ) -> None:
+        self.console, self.accelerator, self.epoch_steps = console, accelerator, epoch_steps
+        columns = (MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = Bar(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=total_steps, completed=step)
+
+    def __enter__(self) -> "Progress":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.bar.__exit__(*exception)
+
+    def show(self, step: int, metrics: StepMetrics, batch_size: int, rate: float) -> None:
+        """Shows and logs the metrics of the latest steps."""
+        loss, accuracy = (float(np.mean(values)) for values in (metrics.losses, metrics.accuracies))
+        speed, memory = len(metrics.losses) * batch_size / metrics.seconds, memory_in_use(self.accelerator.device)
+        epoch = (step - 1) // self.epoch_steps + 1
+        text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.0%}  {speed:,.0f}/s  {memory / MIB:,.0f} MiB"
+        self.bar.update(self.task, completed=step, description=text)
+        values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / MIB}
+        self.accelerator.log({**{f"train/{key}": value for key, value in values.items()}, "rate": rate}, step=step)
+
+    def epoch(self, row: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+        """Prints and logs the metrics of an epoch, and the best accuracy so far."""
+        average = f"  EMA {row['ema_top1']:6.2f} %" if "ema_top1" in row else ""
+        self.console.print(
+            f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  validation {row['val_top1']:6.2f} %{average}  "
+            f"(best {selection_key(best)[0]:.2f})  {row['images_per_second']:,.0f} images/s",
+            soft_wrap=True,
+        )
+        numbers = {key: row[key] for key in row if key.startswith(("val_", "ema_"))}
+        self.accelerator.log({key.replace("_", "/", 1): value for key, value in numbers.items()}, step=row["step"])
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of a GPU's tensors so far, or on a CPU the current memory of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

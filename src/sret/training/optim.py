@@ -1,4 +1,4 @@
-"""What changes the weights: which are trained, the optimizer, the learning rate, the moving average. All timm's."""
+"""Optimizer, learning rate schedule, moving average (EMA) and frozen parts, all by timm."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from sret.errors import InputError, first_few
 from sret.training.config import TrainConfig
 
-WARMUP_START = 1e-3  # share of the peak learning rate; DeiT's 1e-6 at its 1e-3
+WARMUP_START = 1e-3  # share of the peak learning rate, as DeiT's 1e-6 of 1e-3
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """Leaves the parameters of these modules (such as "stem", "stages.0") as they are; returns the modules.
+    """Freezes the parameters of these modules, such as "stem" or "stages.0"; returns the modules.
 
-    They belong in evaluation mode while the rest trains, so that their BatchNorm statistics stay too.
+    Keep them in evaluation mode during training, so that their BatchNorm statistics stay the same.
 
-    Raises `InputError` for a name that the model has not, and if nothing is left to train.
+    Raises `InputError` for an unknown name, and if nothing is left to train.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -30,17 +30,19 @@ def freeze(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             )
         modules[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(f"freeze: {first_few(names)} are the whole model, so that nothing is left to train")
+        raise InputError(
+            f"freeze: {first_few(names)} are the whole model; leave out some, since nothing is left to train"
+        )
     return [modules[name] for name in names]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The recipe's optimizer over what is not frozen.
+    """The recipe's optimizer, for the weights that are not frozen.
 
-    Biases, norms, residual coefficients and the position embedding are not decayed (timm's rule). With `layer_decay`
-    the rate of a layer is that share of the next one's; a recursion is one layer.
+    Biases, norms, residual coefficients and the position embedding get no weight decay (timm's rule). For
+    `layer_decay` a recursion is one layer.
     """
-    # One kernel for all weights: three times as fast as many small ones on a CPU.
+    # One kernel for all weights; on a CPU three times as fast as many small ones.
     fused: dict[str, Any] = {"fused": True} if config.optimizer == "adamw" else {}
     return create_optimizer_v2(
         model,
@@ -53,9 +55,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch_steps: int) -> CosineLRScheduler:
-    """Linear warm-up, then a half cosine down to `min_learning_rate`; `step_update(step)` sets it, a pure function.
+    """Linear warm-up, then a half cosine to `min_learning_rate`; `step_update(step)` is a pure function of the step.
 
-    As DeiT has it, the cosine runs over the whole training and the warm-up cuts off its beginning.
+    As in DeiT, the cosine spans the whole training, and the warm-up replaces its beginning.
     """
     return CosineLRScheduler(
         optimizer,
@@ -68,14 +70,14 @@ def make_schedule(optimizer: Optimizer, config: TrainConfig, epoch_steps: int) -
 
 
 def rate_of(optimizer: Optimizer) -> float:
-    """The learning rate as it is now; with `layer_decay`, that of the last layer."""
+    """The current learning rate; with `layer_decay`, that of the last layer."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 def make_ema(model: nn.Module, decay: float, is_sharded: bool = False) -> ModelEmaV3:
-    """A moving average of the weights; `update(model, step)` decays less in the first steps.
+    """An exponential moving average of the weights; `update(model, step)` uses a lower decay in the first steps.
 
-    Of a sharded model, the copy has to be sharded too.
+    The average of a sharded model must be sharded too.
     """
-    # torch's fused update does not take sharded parameters and whole buffers together.
+    # torch's foreach update does not support sharded parameters together with whole buffers.
     return ModelEmaV3(model, decay, use_warmup=True, foreach=not is_sharded)

@@ -1,4 +1,4 @@
-"""A training run's folder: claimed before the first step, resumed only by what began it, never overwritten."""
+"""Reads and writes the folder of a training run, which only the same recipe may resume and nothing overwrites."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sret.checkpoints.card import Card, load_state, save_state, save_weights
+from sret.checkpoints.card import Card, save_weights
+from sret.checkpoints.state import digest_of_state, load_state, save_state
 from sret.data.dataset import ImageData
 from sret.errors import InputError, describe_changes, first_few
 from sret.files import sha256_of, write_atomically
-from sret.training.config import TrainConfig, decisive
+from sret.training.config import TrainConfig, resume_key
 
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
 REPORT = "report.png"
@@ -22,7 +23,7 @@ STATE_KEYS = {
 
 
 def sources_of(config: TrainConfig, data: ImageData) -> dict[str, Any]:
-    """What a recipe names, told apart by content: its data, and the files of its teacher."""
+    """Fingerprints of what a recipe names: its data, and the files of its teacher."""
     prints: dict[str, Any] = {"data": data.fingerprint()}
     if config.soft_labels is not None:
         prints["soft_labels"] = sha256_of(config.soft_labels / "manifest.json")
@@ -33,66 +34,80 @@ def sources_of(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     return prints
 
 
-def find(
+def find_state(
     out: Path, config: TrainConfig, data: ImageData, sources: dict[str, Any], may_resume: bool
 ) -> dict[str, Any] | None:
-    """The state of the run in `out` to go on from, or None if the folder is free.
+    """The saved state of the run in `out`, or None if the folder has no run.
 
-    Raises `InputError` if the folder holds anything that would be overwritten, another recipe's run, or a run on
-    sources that have changed since.
+    Raises `InputError` if the folder has files that would be overwritten, a run of another recipe, or a run whose data
+    or teacher have changed.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out names a folder")
-    data.refuse_inside(out)
     if not (out / STATE).exists():
         if present := [name for name in CONTENTS if (out / name).exists()]:
-            raise InputError(f"{out} holds {', '.join(present)} of another run, without its state; name another --out")
+            raise InputError(f"{out} has {', '.join(present)} of another run, but no state; choose another --out")
         return None
     state = load_state(out / STATE)
     if state.get("step") == 0:
-        return None  # nothing was done yet that could be lost
+        return None  # no step was done
     if not state.keys() >= STATE_KEYS:
-        raise InputError(f"{out / STATE} is not the state of a run of this version of sret; name another --out")
+        raise InputError(f"{out / STATE} is not the state of a run of this version of sret; choose another --out")
+    further = f"to train its weights further, use --init {out / LAST} and another --out"
     if not may_resume:
         is_finished = state["step"] == state["total_steps"]
         raise InputError(
-            f"{out} holds a run already (step {state['step']} of {state['total_steps']}); "
-            f"{'it is finished: ' if is_finished else 'add --resume auto to continue it, or '}name another --out"
+            f"{out} already has a run (step {state['step']} of {state['total_steps']}); "
+            f"{'it is finished: ' if is_finished else 'add --resume auto to continue it, or '}choose another --out"
+            f"{'; ' + further if is_finished else ''}"
         )
-    if changed := describe_changes(decisive(state["config"]), decisive(config.to_dict())):
-        raise InputError(f"{out} was begun with another recipe: {first_few(changed)}; name another --out")
+    if changed := describe_changes(resume_key(state["config"]), resume_key(config.to_dict())):
+        if [phrase.split()[0] for phrase in changed] == ["epochs"]:
+            raise InputError(
+                f"{out}: {changed[0]}; this changes the learning rate of every step, so the run cannot be continued; "
+                f"{further}"
+            )
+        raise InputError(f"{out} was started with another recipe: {first_few(changed)}; choose another --out")
     for name, before in state["sources"].items():
         if changed := describe_changes({"content": before}, {"content": sources.get(name)}):
             what = data.name if name == "data" else name
             phrases = [phrase.removeprefix("content.") for phrase in changed]
-            raise InputError(f"{what} has changed since {out} was begun: {first_few(phrases)}; name another --out")
+            raise InputError(f"{what} has changed since {out} was started: {first_few(phrases)}; choose another --out")
     return state
 
 
-def save(out: Path, state: dict[str, Any], card: Card) -> None:
-    """Writes the run's files, the state last, so that whatever it speaks of is there already.
+def save_run(out: Path, state: dict[str, Any], card: Card, before: str) -> str:
+    """Writes the files of the run, the state last, so that a state always belongs to files that are complete.
 
-    `state` holds the model's weights and their moving average, the rows of the metrics and the best of them; an epoch
-    that has just become the best also becomes the best weights, averaged if the run averages.
+    Writes the best weights too if the last row of metrics is the best one. Weights are those of the moving average if
+    there is one.
 
-    Raises `InputError` if the files cannot be written; those of the last save are then still whole.
+    Args:
+        before: the digest of the state that this run wrote or loaded last.
+
+    Returns the digest of the new state.
+    Raises `InputError` if the files cannot be written, or another run has written to them; the files of the last save
+    then stay complete.
     """
+    if digest_of_state(out / STATE) not in ("", before):
+        raise InputError(
+            f"{out}: another run has written to this folder; its files are kept, and this run's state of step "
+            f"{state['step']} is not saved; start it again with another --out"
+        )
     try:
-        _save(out, state, card)
+        return _save(out, state, card)
     except OSError as error:
-        before = "what was saved before is whole, and --resume auto goes on from it"
+        hint = "--resume auto continues from the last saved state"
         raise InputError(
             f"{out}: the state of step {state['step']} could not be saved ({error.strerror or error}); "
-            f"{before if state['step'] else 'name an --out that can be written to'}"
+            f"{hint if state['step'] else 'choose another --out'}"
         ) from error
 
 
-def _save(out: Path, state: dict[str, Any], card: Card) -> None:
+def _save(out: Path, state: dict[str, Any], card: Card) -> str:
     weights: dict[str, Tensor] = state["ema"] or state["model"]
     rows = state["rows"]
-    if state["step"]:  # else the state alone claims the folder
+    if state["step"]:  # at step 0 only the state is written, to claim the folder
         save_weights(out / LAST, weights, card)
         if rows and rows[-1] == state["best"] and rows[-1]["step"] == state["step"]:
             save_weights(out / BEST, weights, card)
         write_atomically(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    save_state(out / STATE, state)
+    return save_state(out / STATE, state)

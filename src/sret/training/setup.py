@@ -1,22 +1,244 @@
-"""What a recipe asks for, made to fit its data: the model, how images are prepared, the targets."""
+"""Creates the objects of a training run before its first step: data, model, optimizer, teacher."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from rich.console import Console
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
 
-from sret.data.dataset import ImageData, TrainDataset
+from sret.checkpoints.adapt import transfer_file
+from sret.data.dataset import ImageData
+from sret.data.loading import ImageDataset, TrainDataset
 from sret.data.preprocess import Preprocessing
-from sret.errors import InputError
+from sret.data.sampler import EpochBatches
+from sret.data.sources import load_data
+from sret.data.workers import worker_options
+from sret.errors import InputError, InputWarning
 from sret.models.config import ModelConfig
-from sret.training.config import TrainConfig
-from sret.training.distillation.soft_labels import ReplayDataset, read_manifest
-from sret.training.distillation.teacher import Teacher, load_teacher
+from sret.models.sret import SReT
+from sret.training import distributed, run_dir
+from sret.training.config import RuntimeConfig, TrainConfig
+from sret.training.distillation.targets import make_teacher, temperature_of, training_set
+from sret.training.distillation.teacher import Teacher
+from sret.training.metrics import describe
+from sret.training.optim import freeze, make_ema, make_optimizer, make_schedule
+from sret.training.signals import leave_process_group
+from sret.version import versions
+
+MAX_UNUSED_SHARE = 0.2  # of the images, in an epoch; more cause a warning
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """The objects of a run. They are not replaced during the run, but steps change the weights of some of them.
+
+    Attributes:
+        out: the folder of the run.
+        max_steps: stop after this many optimizer steps in all; None for the whole recipe.
+        sources: fingerprints of the data and of the teacher's files.
+        recipe, versions: as plain values, for saved files.
+        net: what the training steps call: the model, or its wrapper for several processes (DDP).
+        ema: the exponential moving average of the weights.
+        frozen: parts of the model that are not trained and stay in evaluation mode.
+        temperature: the logits are divided by it before the loss.
+        batches: the order in which `train_loader` reads the images.
+    """
+
+    config: TrainConfig
+    runtime: RuntimeConfig
+    out: Path
+    max_steps: int | None
+    accelerator: Accelerator
+    console: Console
+    data: ImageData
+    preprocessing: Preprocessing
+    sources: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, Any]
+    batches: EpochBatches
+    train_loader: DataLoader[Any]
+    val_loader: DataLoader[Any]
+    model: SReT
+    net: nn.Module
+    ema: ModelEmaV3 | None
+    teacher: Teacher | None
+    frozen: list[nn.Module]
+    optimizer: AcceleratedOptimizer
+    schedule: CosineLRScheduler
+    criterion: nn.Module
+    temperature: float
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.batches.steps
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole recipe."""
+        return self.config.epochs * self.epoch_steps
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run stops: `total_steps`, or `max_steps` if that is less."""
+        return self.total_steps if self.max_steps is None else min(self.total_steps, self.max_steps)
+
+    def close(self) -> None:
+        """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
+        if (iterator := getattr(self.train_loader, "_iterator", None)) is not None:
+            iterator._shutdown_workers()
+            self.train_loader._iterator = None
+
+
+def prepare(
+    config: TrainConfig,
+    out: Path,
+    resume: Literal["auto"] | None,
+    max_steps: int | None,
+    runtime: RuntimeConfig,
+    accelerator: Accelerator,
+) -> tuple[Setup, dict[str, Any] | None]:
+    """Creates the objects of a run. Returns them and the saved state to resume from, or None for a new run.
+
+    Sets torch's random number generator to the recipe's seed before the weights are drawn.
+
+    Raises `InputError` for an occupied folder, the state of another run, or data that does not fit the model.
+    """
+    console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    data = load_data(config.data)
+    model_config = fitting_model(config, data)
+    preprocessing = data.preprocessing(model_config.input_size, config.exif_orientation)
+    sources = run_dir.sources_of(config, data)
+    found = find_common_state(config, out, data, sources, may_resume=resume == "auto")
+    train_set = training_set(config, data, preprocessing, runtime.max_corrupt)
+    val_set = ImageDataset(data.split("val"), preprocessing)
+    batches = make_batches(len(train_set), config, runtime, accelerator)
+    train_loader, val_loader = make_loaders(train_set, val_set, batches, runtime, accelerator)
+    model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
+    ema = make_ema(model, config.ema_decay, runtime.fsdp) if config.ema_decay is not None else None
+    teacher = make_teacher(config, data, accelerator.device)
+    describe(console, model, data)
+    if runtime.fsdp:
+        for part in [model, ema.module] if ema else [model]:
+            distributed.shard(part)
+    optimizer = accelerator.prepare(make_optimizer(model, config))
+    schedule = make_schedule(optimizer.optimizer, config, batches.steps)
+    if runtime.compile:
+        model.compile()
+    net: nn.Module = model if runtime.fsdp else distributed.replicate(model, accelerator.device)
+    setup = Setup(
+        config=config,
+        runtime=runtime,
+        out=out,
+        max_steps=max_steps,
+        accelerator=accelerator,
+        console=console,
+        data=data,
+        preprocessing=preprocessing,
+        sources=sources,
+        recipe=config.to_dict(),
+        versions=versions(),
+        batches=batches,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        model=model,
+        net=net,
+        ema=ema,
+        teacher=teacher,
+        frozen=frozen,
+        optimizer=optimizer,
+        schedule=schedule,
+        criterion=SoftTargetCrossEntropy(),
+        temperature=temperature_of(config),
+    )
+    return setup, found
+
+
+def find_common_state(
+    config: TrainConfig, out: Path, data: ImageData, sources: dict[str, Any], may_resume: bool
+) -> dict[str, Any] | None:
+    """The saved state in `out`, or None. Raises `InputError` also if processes find different states."""
+    found = run_dir.find_state(out, config, data, sources, may_resume)
+    steps_found = gather_object([found["step"] if found else 0])
+    if len(set(steps_found)) > 1:
+        raise InputError(
+            f"processes found different states in {out}, of steps {steps_found}; --out must be on a shared disk"
+        )
+    return found
+
+
+def make_batches(
+    num_images: int, config: TrainConfig, runtime: RuntimeConfig, accelerator: Accelerator
+) -> EpochBatches:
+    """The batches of this process in an epoch. Warns if an epoch leaves out many of the images."""
+    batches = EpochBatches(
+        num_images,
+        config.batch_size,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        runtime.grad_accum_steps,
+        config.augmentation.repeats,
+    )
+    if (left := num_images - batches.steps * config.batch_size) > MAX_UNUSED_SHARE * num_images:
+        text = f"an epoch is {batches.steps} step(s) of batch_size {config.batch_size} and leaves out {left} of "
+        text += f"{num_images} images, others in each epoch; a smaller batch_size leaves out fewer"
+        warnings.warn(text, InputWarning, stacklevel=4)  # at the call of `train`
+    return batches
+
+
+def make_loaders(
+    train_set: TrainDataset,
+    val_set: ImageDataset,
+    batches: EpochBatches,
+    runtime: RuntimeConfig,
+    accelerator: Accelerator,
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Loaders of the training images, in the order of `batches`, and of the validation images."""
+    loading: dict[str, Any] = {
+        **worker_options(runtime.num_workers),
+        "pin_memory": accelerator.device.type == "cuda",
+        "worker_init_fn": leave_process_group,
+    }
+    train_loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=runtime.num_workers > 0, **loading)
+    val_batch_size = max(1, batches.batch_size // accelerator.num_processes)
+    return train_loader, accelerator.prepare(DataLoader(val_set, val_batch_size, **loading))
+
+
+def make_model(
+    model_config: ModelConfig, config: TrainConfig, accelerator: Accelerator, console: Console, may_init: bool
+) -> tuple[SReT, list[nn.Module]]:
+    """The model on its device, with weights initialised from the seed, and its frozen parts.
+
+    Args:
+        may_init: whether to load the weights of the recipe's `init`; a resumed run has its own.
+    """
+    torch.manual_seed(config.seed)
+    model = SReT(model_config)
+    if config.init is not None and may_init:
+        for line in transfer_file(model, config.init):
+            console.print(f"Init    {line}", soft_wrap=True)
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        distributed.synchronize_batch_norm(model)
+    return model, freeze(model, config.freeze)
 
 
 def fitting_model(config: TrainConfig, data: ImageData) -> ModelConfig:
-    """The model of a recipe for a data set. Raises `InputError` if its classes or channels are not the data's."""
+    """The model of a recipe for a data set. Raises `InputError` if classes or channels differ from the data's."""
     if len(data.class_names) < 2:
         raise InputError(
-            f"{data.name} has one class, {data.class_names[0]!r}, and nothing to tell it from; "
-            "name the folder that holds a sub-folder per class"
+            f"{data.name} has only one class, {data.class_names[0]!r}; give the folder that has a sub-folder per class"
         )
     wanted = config.model_config(len(data.class_names), data.in_chans)
     if wanted.num_classes != len(data.class_names):
@@ -30,31 +252,3 @@ def fitting_model(config: TrainConfig, data: ImageData) -> ModelConfig:
             f"set model.in_chans to {data.in_chans}"
         )
     return wanted
-
-
-def preprocessing_for(config: ModelConfig, data: ImageData) -> Preprocessing:
-    """How images of a data set become inputs of a model."""
-    return Preprocessing(img_size=config.input_size, mean=data.mean, std=data.std, crop_pct=data.crop_pct)
-
-
-def temperature_of(config: TrainConfig) -> float:
-    """What the student's logits are divided by: 1 without a teacher."""
-    if config.soft_labels is not None:
-        return float(read_manifest(config.soft_labels).distillation["temperature"])
-    return config.distillation.temperature if config.distillation else 1.0
-
-
-def training_set(config: TrainConfig, data: ImageData, preprocessing: Preprocessing, max_corrupt: int) -> TrainDataset:
-    """The training images, with the labels of the data or with those of a teacher."""
-    if config.soft_labels is not None:
-        return ReplayDataset(config.soft_labels, data, preprocessing, max_corrupt)
-    return TrainDataset(data.split("train"), preprocessing, config.augmentation, config.seed, max_corrupt)
-
-
-def make_teacher(config: TrainConfig, data: ImageData, device: torch.device) -> Teacher | None:
-    """The recipe's teacher for the images of the data, on a device; None if it has none."""
-    if config.distillation is None:
-        return None
-    wanted = config.distillation
-    model, own = load_teacher(wanted.teacher, wanted.teacher_weights, data.class_names)
-    return Teacher(model, own, data.in_chans, wanted.temperature).to(device)

@@ -8,9 +8,9 @@ from typing import Any
 
 
 class StopRequest:
-    """Within this context SIGINT and SIGTERM are remembered instead of obeyed; a second Ctrl-C interrupts at once.
+    """Within this context SIGINT and SIGTERM only set a flag; a second Ctrl-C interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Has no effect outside the main thread, where Python allows no signal handlers.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._remember) for kind in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {kind: signal.signal(kind, self._handle) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,21 +31,21 @@ class StopRequest:
             signal.signal(kind, handler)
 
     def as_numbers(self) -> list[float]:
-        """(interrupted, terminated) as 0 or 1, for processes to add up."""
+        """(interrupted, terminated) as 0 or 1, to be summed over the processes."""
         return [float(self.signal == signal.SIGINT), float(self.signal == signal.SIGTERM)]
 
     @staticmethod
     def from_numbers(interrupts: float, terminations: float) -> signal.Signals | None:
-        """The signal that all processes obey, if one of them got one."""
+        """The signal for all processes, if one of them got one."""
         return signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
 
-def obey(number: signal.Signals) -> None:
+def raise_signal(number: signal.Signals) -> None:
     """Raises what the signal would have raised: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -53,5 +53,5 @@ def obey(number: signal.Signals) -> None:
 
 
 def leave_process_group(_: int) -> None:
-    """For processes that load images: Ctrl-C and `kill -- -GROUP` are for the main process, whose step needs them."""
+    """For processes that load images: Ctrl-C and `kill -- -GROUP` must reach only the process that trains."""
     os.setpgid(0, 0)

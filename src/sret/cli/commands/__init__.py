@@ -1,13 +1,15 @@
-"""The commands, a module each: `add_arguments` describes what one takes, `run` does it and returns the exit code.
+"""The commands, one module each: `add_arguments` adds its options, `run` runs it and returns the exit code.
 
-Only the module of the command that was asked for is imported, and torch only once it runs, because it takes seconds.
+Only the module of the requested command is imported, and torch only when it runs, because torch takes seconds.
 """
 
 from typing import Any
 
-ImageSize = int | tuple[int, int] | None  # as an option takes it
+ImageSize = int | tuple[int, int] | None  # pixels, or (height, width)
+
+CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, or a file of sret export"
 
 
 def both_sides(size: Any) -> tuple[int, int] | None:
-    """(height, width) of an `ImageSize`."""
+    """(height, width) of an `ImageSize`; None if it is None."""
     return (size, size) if isinstance(size, int) else size

@@ -7,11 +7,16 @@ from jsonargparse import ArgumentParser, Namespace
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("source", type=str, metavar="IN", help="a file, or a published name such as sret_t.dist_in1k")
+    parser.add_argument(
+        "source",
+        type=str,
+        metavar="IN",
+        help="a checkpoint of the authors or of ours, or a published name such as sret_t.dist_in1k",
+    )
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="FILE.safetensors, or FILE.pth for the authors' format"
     )
-    parser.add_argument("--variant", type=str | None, help="which model IN is, where its file name does not say")
+    parser.add_argument("--variant", type=str | None, help="which model IN is, if its file name does not say so")
 
 
 def run(arguments: Namespace) -> int:

@@ -1,45 +1,52 @@
 """`sret eval`: measures the accuracy of a checkpoint on labelled images."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.ranges import NonNegativeInt, PositiveInt
+from sret.cli.commands import CHECKPOINT
+from sret.ranges import NonNegativeInt, PositiveInt, Workers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="weights of sret train or convert, or a file of sret export"
-    )
-    parser.add_argument("--data", type=str | None, help="as in sret train; by default what it was trained on")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
+    parser.add_argument("--data", type=str | None, help="as in sret train; by default the data it was trained on")
     parser.add_argument(
         "--split",
         type=Literal["train", "val", "test", "all"] | None,
-        help="by default the images held out for testing, or all of an undivided folder it was not trained on",
+        help="by default test; all for a folder without splits that it was not trained on",
     )
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=64, help="images at a time; the result does not depend on it"
+        "--batch_size", type=PositiveInt, default=64, help="images per batch; does not change the result"
     )
-    parser.add_argument("--num_workers", type=NonNegativeInt, default=0, help="processes that load images")
+    parser.add_argument("--num_workers", type=Workers, default=0, help="processes that load images")
     parser.add_argument(
-        "--max_corrupt", type=NonNegativeInt, default=0, help="images that may be left out as unreadable"
+        "--max_corrupt", type=NonNegativeInt, default=0, help="number of unreadable images that may be skipped"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--report", type=Path | None, help="write a page, NAME.html or NAME.png: classes, confusions, worst mistakes"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from sret.export.runtime import load_model
     from sret.inference.evaluate import evaluate_on
+    from sret.inference.report import check_report_path, write_report
+    from sret.inference.statistics import wilson
 
+    if arguments.report is not None:
+        check_report_path(arguments.report)
     model, card = load_model(arguments.checkpoint)
     from accelerate import PartialState
 
-    metrics, data, split = evaluate_on(
+    evaluation = evaluate_on(
         model,
         card,
         arguments.data,
@@ -50,11 +57,17 @@ def run(arguments: Namespace) -> int:
     )
     if not PartialState().is_main_process:
         return 0
+    metrics, data, split = evaluation.metrics, evaluation.data.name, evaluation.split
     if arguments.json:
         print(json.dumps({"checkpoint": str(arguments.checkpoint), "data": data, "split": split, **asdict(metrics)}))
     else:
+        low, high = (100 * share for share in wilson(round(metrics.top1 * metrics.count / 100), metrics.count))
+        top5 = f"top-5 {metrics.top5:.2f} %, " if len(evaluation.data.class_names) > 5 else ""
         print(
-            f"{data}, {split}: {metrics.count:,} images, top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, "
-            f"loss {metrics.loss:.4f}"
+            f"{data}, {split}: {metrics.count:,} images, top-1 {metrics.top1:.2f} % (95 % interval {low:.1f} to "
+            f"{high:.1f}), {top5}loss {metrics.loss:.4f}"
         )
+    if arguments.report is not None:
+        write_report(arguments.report, evaluation, card.preprocessing)
+        print(f"Report in {arguments.report}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

@@ -11,15 +11,21 @@ from sret.ranges import PositiveInt
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("model", type=str, metavar="MODEL", help="a weights file, or a name such as sret_t.dist_in1k")
+    parser.add_argument(
+        "model", type=str, metavar="MODEL", help="a weights file, or a published name such as sret_t.dist_in1k"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="FILE.onnx for ONNX Runtime, FILE.xml for OpenVINO")
     parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "int8"], default="float32", help="bfloat16: only OpenVINO"
+        "--dtype",
+        type=Literal["float32", "bfloat16", "int8"],
+        default="float32",
+        help="bfloat16 is only for OpenVINO; int8 needs --data",
     )
     parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]; by default the model's")
     parser.add_argument("--data", type=str | None, help="images to compare on, as in sret train")
-    parser.add_argument("--samples", type=PositiveInt, default=300, help="to compare on, and to calibrate int8 on")
-    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="images at a time meanwhile")
+    parser.add_argument(
+        "--samples", type=PositiveInt, default=300, help="number of images to compare on, and to calibrate int8 on"
+    )
 
 
 def run(arguments: Namespace) -> int:

@@ -7,7 +7,9 @@ from sret.cli.commands import ImageSize, both_sides
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("model", nargs="?", type=str | None, help="a variant such as sret_t, or a checkpoint")
+    parser.add_argument(
+        "model", nargs="?", type=str | None, help="a model such as sret_t, a weights file, or a file of sret export"
+    )
     parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]")
 
 

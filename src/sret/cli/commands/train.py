@@ -9,10 +9,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from sret.models.config import ModelConfig
 from sret.ranges import PositiveInt
-from sret.training.config import Launch, TrainConfig
+from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.config import Distillation
 
-# Options that the parser does not list one by one.
+# Options that the parser does not list individually.
 NESTED_OPTIONS = [
     f"{name}.{field.name}"
     for name, config in (("model", ModelConfig), ("distillation", Distillation))
@@ -22,20 +22,24 @@ NESTED_OPTIONS = [
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", action="config", help="a recipe in YAML; later options override its fields")
-    # A plain mapping here, which TrainConfig checks: its words for what is wrong are better than a parser's.
+    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override its fields")
+    # A plain mapping, checked by TrainConfig, whose error messages are better than the parser's.
     parser.add_argument(
         "--model",
         type=dict[str, Any] | str,
         required=True,
-        help="a published model's name, alone or as model.name beside fields to change; or all fields of a ModelConfig",
+        help="a named model such as sret_t, whose fields --model.FIELD changes; or all fields of a ModelConfig",
     )
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
-    parser.add_argument("--out", type=Path, required=True, help="the folder that receives the run")
-    parser.add_argument("--resume", type=Literal["auto"] | None, help="auto: continue the run in --out if there is one")
-    parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many optimizer steps in all")
-    parser.add_argument("--dry_run", action="store_true", help="check data, model, speed and disk, and leave nothing")
-    parser.add_class_arguments(Launch, as_group=False)
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
+    parser.add_argument(
+        "--resume", type=Literal["auto"] | None, help="auto: continue the run in --out, if there is one"
+    )
+    parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many optimizer steps in total")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check data, model, speed, memory and disk space; leave no files"
+    )
+    parser.add_class_arguments(RuntimeConfig, as_group=False)
 
 
 def run(arguments: Namespace) -> int:
@@ -46,11 +50,11 @@ def run(arguments: Namespace) -> int:
     if isinstance(values["model"], dict):  # values from the command line are still text
         values["model"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["model"].items()}
     recipe = TrainConfig(**values)
-    launch = Launch(**{field.name: arguments[field.name] for field in fields(Launch)})
+    runtime = RuntimeConfig(**{field.name: arguments[field.name] for field in fields(RuntimeConfig)})
     if arguments.dry_run:
-        from sret.training.dry_run import rehearse
+        from sret.training.dry_run import dry_run
 
-        rehearse(recipe, arguments.out, arguments.resume, launch)
+        dry_run(recipe, arguments.out, arguments.resume, runtime)
     else:
-        train(recipe, arguments.out, arguments.resume, arguments.max_steps, launch)
+        train(recipe, arguments.out, arguments.resume, arguments.max_steps, runtime)
     return 0

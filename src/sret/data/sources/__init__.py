@@ -1,4 +1,4 @@
-"""Where labelled images come from: one name, whatever holds them."""
+"""Loads labelled images by name: small data sets, the Hugging Face Hub, folders, parquet files, shards."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from torch import distributed
 
 from sret.data.dataset import ImageData
 from sret.data.sources.digits import load_digits
-from sret.data.sources.folder import SPLIT_NAMES, load_folder
+from sret.data.sources.folder import SPLIT_NAMES, load_folder, split_folders
 from sret.data.sources.huggingface import load_hub, load_parquet
 from sret.data.sources.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from sret.data.sources.webdataset import load_shards
@@ -29,8 +29,8 @@ def load_data(name: str) -> ImageData:
         hf:owner/name, hf:owner/name@config          downloaded from the Hugging Face Hub
         a path                                       images in a folder per class, parquet files, or WebDataset shards
 
-    A folder called `mnist` is given as ./mnist. What a source does not divide is divided by `ImageData`, the same way
-    every time: a stratified 20 % for testing, and 15 % of the rest to select on.
+    Write ./mnist for a folder called `mnist`. If a source has no splits, `ImageData` makes them, always the same:
+    a stratified 20 % for testing, and 15 % of the rest for validation.
 
     Raises `InputError` if there is no such data.
     """
@@ -40,14 +40,14 @@ def load_data(name: str) -> ImageData:
 
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """The first process of each machine goes first, so that the others find what it fetched or indexed."""
+    """The first process of each machine runs first, so that the others find what it downloaded or indexed."""
     is_alone = not (distributed.is_available() and distributed.is_initialized())
     is_first = is_alone or os.environ.get("LOCAL_RANK", "0") == "0"
     if not is_first:
         distributed.barrier()
     try:
         yield
-    finally:  # also after an error, which the others then meet themselves
+    finally:  # after an error too: the other processes then raise it themselves
         if is_first and not is_alone:
             distributed.barrier()
 
@@ -62,7 +62,7 @@ def _load(name: str) -> ImageData:
     path = Path(name)
     if not path.exists():
         raise InputError(f"no data {name!r}: give {_choices()}{_suggestion(name)}")
-    if _has_split_folders(path):
+    if path.is_dir() and split_folders(path):  # a folder of ImageNet may also hold its tar files
         return load_folder(path)
     if parquet := _files_by_split(path, ".parquet"):
         return load_parquet(path, parquet)
@@ -73,16 +73,11 @@ def _load(name: str) -> ImageData:
     return load_folder(path)
 
 
-def _has_split_folders(root: Path) -> bool:
-    """Whether images are in `train/CLASS` or the like. ImageNet's folders often have the tar files they came in."""
-    return any(path.is_dir() for word in _SPLIT_OF for path in root.glob(f"{word}/[!.]*"))
-
-
 def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
     """The files with that suffix in a folder, per split; as "all" if none names its split; {} if there are none.
 
     The split is a word of the file's name ("imagenet1k-train-0000"), or of the name of the folder it is in: `data`, or
-    one called after a split. No other folders are looked into: there may be a million images in them.
+    one called after a split. Other folders are not searched: they may hold a million images.
 
     Raises `InputError` for a name with two splits, and for files without a split beside files with one.
     """
@@ -96,8 +91,8 @@ def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
         found.setdefault(_split_of(path, root), []).append(path)
     if "all" in found and len(found) > 1:
         raise InputError(
-            f"{root}: {found['all'][0].name} does not say which split it is of, as other files do; put a word into its "
-            f"name ({', '.join(SPLIT_NAMES)}), or move it away"
+            f"{root}: {found['all'][0].name} has no split in its name, but other files have; add one of "
+            f"{', '.join(SPLIT_NAMES)} to its name, or move it away"
         )
     return {split: found[split] for split in (*SPLIT_NAMES, "all") if split in found}
 
@@ -106,7 +101,7 @@ def _split_of(path: Path, root: Path) -> str:
     for part in reversed(path.relative_to(root).parts):
         found = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in _SPLIT_OF}
         if len(found) > 1:
-            raise InputError(f"{path}: its name says both {' and '.join(sorted(found))}; leave one")
+            raise InputError(f"{path}: its name contains both {' and '.join(sorted(found))}; leave one")
         if found:
             return found.pop()
     return "all"

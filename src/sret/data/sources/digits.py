@@ -1,4 +1,4 @@
-"""1,797 handwritten digits, 8x8 grey pixels, that scikit-learn carries (UCI ML hand-written digits, test part)."""
+"""Loads the 1,797 handwritten digits of scikit-learn, 8x8 grey pixels (UCI ML hand-written digits, test part)."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ from sret.data.dataset import ImageData, Samples
 
 
 def load_digits() -> ImageData:
-    """The images under the name "digits", not divided."""
+    """The data set "digits", without splits."""
     from sklearn import datasets
 
     bunch = datasets.load_digits()

@@ -1,7 +1,7 @@
-"""Parquet files, and data sets of the Hugging Face Hub: through the datasets library.
+"""Loads parquet files and data sets of the Hugging Face Hub, with the datasets library.
 
-It keeps what it reads as Arrow files in its own cache (HF_HOME or HF_DATASETS_CACHE says where) and maps them into
-memory, so images stay on disk, encoded, until they are asked for.
+The library writes what it reads as Arrow files to its cache (HF_HOME or HF_DATASETS_CACHE) and maps them into memory,
+so images stay on disk, encoded, until they are accessed.
 """
 
 import glob
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "fine_labels", "class", "class_id", "target", "targets", "cls")
-HIDDEN = -1  # the label of test images whose labels are kept secret
+HIDDEN = -1  # the label of test images whose labels are not public
 
 
 def load_hub(name: str) -> ImageData:
     """The data set `hf:owner/name`, or one of its configurations, `hf:owner/name@config`.
 
-    Raises `InputError` if it cannot be had, and if it does not hold labelled images.
+    Raises `InputError` if it cannot be loaded, or does not hold labelled images.
     """
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@(.+))?", name)
     if match is None:
-        raise InputError(f"no data {name!r}: a Hugging Face data set is written hf:owner/name or hf:owner/name@config")
+        raise InputError(f"no data {name!r}: write a Hugging Face data set as hf:owner/name or hf:owner/name@config")
     from datasets import load_dataset
 
     with _explained(name):
-        # The long form of a name: with the short one, a local folder of that name would be taken instead.
+        # The long form of the name; the short one would load a local folder of that name instead.
         parts = load_dataset(f"hf://datasets/{match[1]}", match[2])
     parts = _by_split(name, parts)
     return _image_data(name, {split: (part, Columns.of(name, part.features)) for split, part in parts.items()})
@@ -56,7 +56,7 @@ def load_parquet(path: Path, files: dict[str, list[Path]]) -> ImageData:
     parts = {}
     for split, paths in files.items():
         columns = {}
-        for file in paths:  # the library would take the classes of the first file for those of all
+        for file in paths:  # the library would use the classes of the first file for all files
             with _explained(str(file)):
                 features = Features.from_arrow_schema(parquet.read_schema(file))
             columns[file] = Columns.of(str(file), features)
@@ -72,7 +72,7 @@ def load_parquet(path: Path, files: dict[str, list[Path]]) -> ImageData:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table has its images and labels.
+    """The columns of a table that hold its images and labels.
 
     Attributes:
         class_names: None if the labels are plain numbers.
@@ -84,18 +84,18 @@ class Columns:
 
     @classmethod
     def of(cls, name: str, features: "Features") -> "Columns":
-        """Raises `InputError` listing the columns if it is not plain which to take."""
+        """Raises `InputError` listing the columns if it is not clear which to use."""
         from datasets import ClassLabel, Image, Value
 
         kinds = {c: f.dtype if isinstance(f, Value) else type(f).__name__ for c, f in features.items()}
         columns = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         images = [c for c, feature in features.items() if isinstance(feature, Image)]
-        # Files that the datasets library did not write have the same columns without saying what they mean.
+        # Files not written by the datasets library have the same columns without the type Image.
         images = images or [c for c, feature in features.items() if isinstance(feature, dict) and "bytes" in feature]
         classes = [c for c, feature in features.items() if isinstance(feature, ClassLabel)]
         numbers = [c for c, kind in kinds.items() if kind.startswith(("int", "uint"))]
         image = _named(images, IMAGE_COLUMNS) or _only(images)
-        # Classes by another name come last: beside a label they may be those of the place, or the like.
+        # Classes in a column of another name come last: next to a label they may mean something else.
         label = _named(classes, LABEL_COLUMNS) or _named(numbers, LABEL_COLUMNS) or _only(classes)
         if image is None:
             which = "more than one column" if images else "no column"
@@ -117,7 +117,7 @@ def _only(candidates: Sequence[str]) -> str | None:
 
 
 class Rows(Sequence[Encoded | Path]):
-    """The images of a table, each read when asked for. Pickled, it is the names of the files it is mapped from."""
+    """The images of a table, each read on access. Pickling stores only the names of the mapped files."""
 
     def __init__(self, dataset: "Dataset", column: str, name: str) -> None:
         self.dataset, self.column, self.name = dataset, column, name
@@ -127,7 +127,7 @@ class Rows(Sequence[Encoded | Path]):
 
     def __getitem__(self, i: int) -> Encoded | Path:  # type: ignore[override]  # no slices
         value = self.dataset[int(i)][self.column] or {}
-        if value.get("bytes") is None and value.get("path"):  # a data set made of files
+        if value.get("bytes") is None and value.get("path"):  # the table stores paths
             return Path(value["path"])
         return Encoded(f"{self.name}, row {i}", value.get("bytes") or b"")
 
@@ -149,7 +149,7 @@ def _image_data(name: str, parts: "dict[str, tuple[Dataset, Columns]]") -> Image
 def _samples(name: str, part: "Dataset", columns: Columns) -> Samples:
     from datasets import Image
 
-    labels = part.data.column(columns.label)  # Arrow's: the images beside it are not read
+    labels = part.data.column(columns.label)  # of the Arrow table, so that images are not read
     if labels.null_count:
         raise InputError(f"{name}: {labels.null_count} of {len(labels)} rows have no {columns.label}")
     images = part.select_columns([columns.image])
@@ -173,7 +173,7 @@ def _same_classes(
 
 
 def _by_split(name: str, parts: "dict[str, Dataset]") -> "dict[str, Dataset]":
-    """Under our names of the splits. Raises `InputError` if it is not plain which is which."""
+    """The parts under our names of splits. Raises `InputError` if it is not clear which is which."""
     found: dict[str, str] = {}
     for split, words in SPLIT_NAMES.items():
         theirs = [part for part in parts if part.lower() in words]
@@ -192,7 +192,7 @@ def _by_split(name: str, parts: "dict[str, Dataset]") -> "dict[str, Dataset]":
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Errors of the datasets library, and of those it calls, in one line that says what would work."""
+    """Turns errors of the datasets library, and of those it calls, into one line that says what would work."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
@@ -211,8 +211,8 @@ def _explained(name: str) -> Iterator[None]:
         elif "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             hint = "; write hf:owner/name@config"
         elif isinstance(error, PermissionError):
-            hint = "; HF_HOME says where the datasets library keeps what it reads"
-        # That one says only that there was an error.
+            hint = "; HF_HOME sets the cache folder of the datasets library"
+        # DatasetGenerationError says only that there was an error.
         cause = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
         reason = textwrap.shorten(str(cause), 400) or type(cause).__name__
         raise InputError(f"{name}: {reason.rstrip('.')}{hint}") from error

@@ -1,10 +1,10 @@
-"""WebDataset shards: tar files with images and labels side by side, read in place and in any order.
+"""Loads WebDataset shards: tar files of images and labels, read in place and in any order.
 
     n01440764_10026.jpg   n01440764_10026.cls (the number of the class, as text) or .json (with a number "label")
 
-A key is what stands before the first dot of a file's name, as in the webdataset package (its folder included). That
-package reads shards front to back; we index them once, so that shuffling is exact, a run resumes at any image, and
-each is counted once. An index holds about 50 bytes an image and is kept in the user's cache.
+A key is the part of a file's path before the first dot of its name, as in the webdataset package. That package reads
+shards sequentially; here they are indexed once, so that shuffling is exact, a run resumes at any image, and each is
+counted once. An index holds about 50 bytes per image and is stored in the user's cache.
 """
 
 import hashlib
@@ -25,18 +25,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sret.data.dataset import ImageData, Samples
+from sret.data.image_files import image_suffixes
 from sret.data.preprocess import Encoded
-from sret.data.sources.folder import IMAGE_SUFFIXES
 from sret.errors import InputError, InputWarning, first_few
+from sret.files import cache_dir
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
-MOST_CLASSES = 1_000_000  # a larger number is no class: names and weights for as many would fill the memory
-INDEX_VERSION = 1  # part of a stored index; raise it when an index of the same shard would differ
-THREADS = 8  # they wait for the disk, many at once; where nothing is waited for, one would be twice as fast as eight
+MAX_CLASSES = 1_000_000  # a larger label is an error; names and weights for so many classes would fill the memory
+INDEX_VERSION = 1  # stored in an index; increase it when an index of the same shard changes
+THREADS = 8  # they wait for the disk in parallel; without waiting, one thread would be twice as fast as eight
 
 
 def load_shards(root: Path, files: dict[str, list[Path]]) -> ImageData:
-    """The data set in these shards; the names of its classes stand in `classes.txt` beside them, one a line.
+    """The data set in these shards; `classes.txt` beside them may name the classes, one per line.
 
     Raises `InputError` for a damaged shard, and for an image without a label or a label without an image.
     """
@@ -47,7 +48,7 @@ def load_shards(root: Path, files: dict[str, list[Path]]) -> ImageData:
 
 
 def numbered(name: str, given: dict[str, Samples]) -> list[str]:
-    """Numbers for names, where a source has none: as many as the largest label of its first split asks for.
+    """Class names for a source that has none: numbers from 0 to the largest label of its first split.
 
     Raises `InputError` for labels that only another split has. Warns of numbers without images.
     """
@@ -59,10 +60,12 @@ def numbered(name: str, given: dict[str, Samples]) -> list[str]:
                 f"{name}: label(s) {first_few([str(label) for label in odd])} in {split}, but not in {first}"
             )
     count = max(known, default=-1) + 1
-    if count > MOST_CLASSES:
+    if count > MAX_CLASSES:
         raise InputError(f"{name}: label {count - 1} in {first}; classes are numbered from 0, without gaps")
     if 0 < len(known) < count and min(known) >= 0:
-        text = f"{name}: its labels have no names; taken for {count} classes, though {count - len(known)} lack images"
+        text = (
+            f"{name}: its classes have no names; assuming {count} classes, of which {count - len(known)} have no images"
+        )
         warnings.warn(text, InputWarning, stacklevel=2)
     return [str(label) for label in range(count)]
 
@@ -70,7 +73,7 @@ def numbered(name: str, given: dict[str, Samples]) -> list[str]:
 def class_names_beside(root: Path) -> list[str]:
     """The lines of the file that names the classes; [] if there is no such file.
 
-    Raises `InputError` for an empty line: the names after it would be those of other classes.
+    Raises `InputError` for an empty line: it would shift the names after it.
     """
     for path in ((root.parent if root.is_file() else root) / name for name in CLASS_FILES):
         if path.is_file():
@@ -84,15 +87,15 @@ def class_names_beside(root: Path) -> list[str]:
     return []
 
 
-# The images ---------------------------------------------------------------------------------------------------------
+# images ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Where the images of one tar file are: row i is an image, in the order of the file.
+    """The positions of the images in a tar file: row i is an image, in the order of the file.
 
     Attributes:
-        keys: (N,) UTF-8. Arrays, because the processes that load images would each copy a million Python objects.
+        keys: (N,) UTF-8. Arrays, because every process that loads images would copy a million Python objects.
         offsets, sizes: (N,) in bytes.
         labels: (N,)
     """
@@ -107,8 +110,8 @@ class Shard:
         """Raises `InputError` if the file is gone or has become shorter."""
         name = f"{self.path}: {self.keys[row].decode()}"
         try:
-            # Opened for each image (10 microseconds, and decoding takes thousands): what forked processes do not
-            # share they cannot disturb, and a thousand shards are more than the files a process may have open.
+            # Opened for each image (10 microseconds; decoding takes thousands): forked processes must not share a file
+            # position, and a thousand shards are more files than a process may have open.
             with open(self.path, "rb") as file:
                 content = _read_at(file, int(self.offsets[row]), int(self.sizes[row]))
         except OSError as error:
@@ -119,7 +122,7 @@ class Shard:
 
 
 class ShardImages(Sequence[Encoded]):
-    """The images of some shards, one after the other, read when asked for."""
+    """The images of some shards, one after the other, read on access."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
@@ -141,16 +144,16 @@ def samples_of(shards: Sequence[Shard]) -> Samples:
     return Samples(ShardImages(shards), np.concatenate([shard.labels for shard in shards]).tolist(), names)
 
 
-# The index ------------------------------------------------------------------------------------------------------------
+# index ----------------------------------------------------------------------------------------------------------------
 
 
 def read_index(path: Path) -> Shard:
-    """The index of a shard: a stored one if the shard still has the size and time it was made at."""
+    """The index of a shard: the stored one, if the shard's size and modification time have not changed."""
     path = path.resolve()
     stat = path.stat()
     stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
-    stored = cache_folder() / "shards" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
-    # Whatever is wrong with what is stored, making the index again puts it right.
+    stored = cache_dir() / "shards" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.npz"
+    # If the stored index cannot be read, it is made again.
     with (
         suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
         np.load(stored, allow_pickle=False) as arrays,
@@ -158,19 +161,16 @@ def read_index(path: Path) -> Shard:
         if np.array_equal(arrays["stamp"], stamp):
             return Shard(path, arrays["keys"], arrays["offsets"], arrays["sizes"], arrays["labels"])
     shard = make_index(path)
-    with suppress(OSError):  # a cache that cannot be written costs time, no more
+    with suppress(OSError):  # without a writable cache, indexing only takes time again
         _store(stored, stamp=stamp, keys=shard.keys, offsets=shard.offsets, sizes=shard.sizes, labels=shard.labels)
     return shard
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sret"
-
-
 def _store(path: Path, **arrays: NDArray[np.generic]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # of our own: other processes may store it too
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, suffix=".tmp"
+    )  # a unique name: other processes may store it too
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -181,7 +181,7 @@ def _store(path: Path, **arrays: NDArray[np.generic]) -> None:
 
 
 def make_index(path: Path) -> Shard:
-    """Reads the headers of a tar file and the labels in it, and passes over the images.
+    """Reads the headers and labels of a tar file, and skips the images.
 
     Raises `InputError` if the file is not a whole tar file, and for an image without a label or the reverse.
     """
@@ -205,12 +205,13 @@ def make_index(path: Path) -> Shard:
 def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]]:
     """Per key and kind ("image", "cls", "json"): (offset, size) in bytes."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
+    suffixes = image_suffixes()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
-                kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else suffix.lower()
+                kind = "image" if f".{suffix.lower()}" in suffixes else suffix.lower()
                 if not member.isreg() or not key or kind not in ("image", "cls", "json"):
                     continue
                 kinds = members.setdefault(f"{folder}/{key}" if folder else key, {})
@@ -224,7 +225,7 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
         raise InputError(
             f"{path}: not a tar file that can be read ({error}); copy it again, or unpack it if it is compressed"
         ) from error
-    # tarfile takes a damaged header for the end of the file, and a missing end for an end.
+    # tarfile treats a damaged header, or a missing end mark, as the end of the file.
     tail = _read_at(file, end, 1 << 20)
     if len(tail) < tarfile.BLOCKSIZE or any(tail):
         raise InputError(f"{path}: cut off or damaged at byte {end:,}, where its end mark should be; copy it again")
@@ -233,19 +234,19 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
 
 def _label(path: Path, file: BinaryIO, key: str, kinds: dict[str, tuple[int, int]]) -> int:
     if "image" not in kinds:
-        raise InputError(f"{path}: {key} has a label, but no image (one of {' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise InputError(f"{path}: {key} has a label, but no image (one of {' '.join(sorted(image_suffixes()))})")
     kind = "cls" if "cls" in kinds else "json"
     if kind not in kinds:
         raise InputError(
             f"{path}: {key} has no label: a file {key.rpartition('/')[2]}.cls with a number, or .json with a "
-            '"label"; tar files that are no shards should not be in this folder'
+            '"label"; move tar files that are not shards out of this folder'
         )
     text = _read_at(file, *kinds[kind])
     try:
         value = int(text) if kind == "cls" else json.loads(text)["label"]
     except (ValueError, KeyError, TypeError):
         value = None
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST_CLASSES:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_CLASSES:
         what = "the number of a class" if kind == "cls" else 'an object with a number "label"'
         raise InputError(f"{path}: {key}.{kind} should hold {what}; it holds {text[:40]!r}")
     return value

@@ -1,4 +1,4 @@
-"""The settings of distillation. It imports no torch, which takes seconds."""
+"""Settings of distillation. Does not import torch, which takes seconds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,12 @@ from sret.ranges import PositiveFloat, check_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A teacher whose answers are the targets, in place of the labels.
+    """A teacher whose predictions replace the labels as targets.
 
     Attributes:
-        teacher: a weights file of `sret`, or the name of a pretrained model of timm.
-        teacher_weights: a file to take instead of timm's pretrained weights.
-        temperature: both answers' logits are divided by it.
+        teacher: a weights file or published name of sret, or the name of a pretrained timm model.
+        teacher_weights: a file to use instead of timm's pretrained weights, for machines without internet access.
+        temperature: the logits of student and teacher are divided by it.
     """
 
     teacher: str

@@ -1,38 +1,37 @@
-"""Fast distillation: a teacher answers once for R crops of every image, and training replays crops and answers.
+"""Fast distillation, second part: trains on crops of images with stored predictions of a teacher.
 
-Source: Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528,
-written anew: of each answer the k likeliest classes are kept, and what they leave is shared by the other classes alike
-(the paper's marginal smoothing).
+Source: Shen, Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv:2112.01528. Of
+each prediction the k most probable classes are stored, and the other classes share the rest equally (the paper's
+marginal smoothing).
 
 A folder holds `manifest.json` and shards of 1,000 images each, `labels-00000.safetensors` and so on, which
 `sret.training.distillation.precompute` writes:
 
-    crops          (n, R, 4) int32    top, left, height, width, in pixels of the image as it is; 0 if unreadable
-    flips          (n, R)    uint8    1 where the crop is mirrored
+    crops          (n, R, 4) int32    top, left, height, width, in pixels of the original image; 0 if unreadable
+    flips          (n, R)    uint8    1 if the crop is flipped horizontally
     classes        (n, R, k) int32
     probabilities  (n, R, k) float16
 
 Letters: K classes, R crops of an image, k classes kept.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop, to_tensor
 
-from sret.data.dataset import ImageData, TrainDataset, blank_image
+from sret.checkpoints.files import CHECKSUM_KEY, read_safetensors
+from sret.data.dataset import ImageData
+from sret.data.loading import TrainDataset, blank_image
 from sret.data.preprocess import Preprocessing
-from sret.data.sampler import Draw
+from sret.data.sampler import SampleIndex
 from sret.errors import InputError, describe_changes, first_few
 
 SHARD_SIZE = 1000  # images
@@ -43,10 +42,10 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of soft labels is about.
+    """The settings of a folder of soft labels.
 
     Attributes:
-        data: name of the data; fingerprint: its `ImageData.fingerprint`. The labels are of its training split.
+        data: name of the data; fingerprint: its `ImageData.fingerprint`. The labels are for its training split.
         distillation: teacher and temperature; teacher_digest: of the teacher's weights.
         crops: R; top_k: k; min_scale: smallest share of an image that a crop covers.
     """
@@ -73,7 +72,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `InputError` for a folder without soft labels, or with those of another version."""
+    """The manifest of a folder. Raises `InputError` if the folder has no soft labels, or those of another version."""
     try:
         return Manifest(**json.loads((folder / MANIFEST).read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -82,24 +81,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder / MANIFEST} is damaged, or of another version of sret") from error
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the contents of named tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a shard is there and holds what was written."""
+def is_intact(path: Path) -> bool:
+    """Whether a shard exists and its checksum is correct."""
     try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("sha256") == checksum(load_file(path))
-    except (OSError, SafetensorError):
+        return CHECKSUM_KEY in read_safetensors(path)[1]
+    except InputError:
         return False
 
 
-def cut(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Preprocessing) -> Tensor:
+def crop_image(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Preprocessing) -> Tensor:
     """A crop of a PIL image, resized: (C, H, W) in 0..1."""
     top, left, height, width = crop
     mode = InterpolationMode(preprocessing.interpolation)
@@ -107,8 +97,8 @@ def cut(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Prepro
     return to_tensor(hflip(image) if is_mirrored else image)
 
 
-class ReplayDataset(TrainDataset):
-    """Images cropped as the teacher saw them, with its answers: (tensor, (K,) probabilities, unreadable ones).
+class SoftLabelDataset(TrainDataset):
+    """Images cropped as for the teacher, with its predictions: (image, (K,) probabilities, errors).
 
     Epoch e takes crop number e mod R of each image.
 
@@ -119,30 +109,32 @@ class ReplayDataset(TrainDataset):
         self.folder, self.manifest = folder, read_manifest(folder)
         self.samples, self.preprocessing, self.max_corrupt = data.split("train"), preprocessing, max_corrupt
         self.num_classes = len(data.class_names)
-        self.files: dict[int, Any] = {}  # opened by each process for itself; they stay mapped
+        self.files: dict[int, Any] = {}  # opened by each process, and kept mapped
         if found := describe_changes(self.manifest.fingerprint, data.fingerprint()):
             raise InputError(f"{folder} holds soft labels of other data than {data.name}: {first_few(found)}")
         paths = [shard_path(folder, shard) for shard in range(self.manifest.num_shards)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise InputError(
-                f"{folder}: the pass of the teacher is not finished, {len(missing)} of {len(paths)} shards are "
-                f"missing ({first_few(missing)}); the same `sret soft-labels` goes on"
+                f"{folder}: not complete, {len(missing)} of {len(paths)} shards are missing ({first_few(missing)}); "
+                "run the same `sret soft-labels` again to continue"
             )
-        if damaged := [path.name for path in paths if not is_whole(path)]:
-            raise InputError(f"{folder}: damaged: {first_few(damaged)}; the same `sret soft-labels` writes them anew")
+        if damaged := [path.name for path in paths if not is_intact(path)]:
+            raise InputError(
+                f"{folder}: damaged: {first_few(damaged)}; run the same `sret soft-labels` again to replace them"
+            )
 
-    def fetch(self, index: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    def fetch(self, index: int, sample: SampleIndex) -> tuple[Tensor, Tensor]:
         image = self.preprocessing.load(self.samples.images[index])
-        crop, is_mirrored, target = self.label(index, draw.epoch % self.manifest.crops)
+        crop, is_mirrored, target = self.label(index, sample.epoch % self.manifest.crops)
         if not crop[2]:
-            raise InputError(f"{self.folder}: image {index} could not be read when the teacher was asked about it")
-        return cut(image, crop, is_mirrored, self.preprocessing), target
+            raise InputError(f"{self.folder}: image {index} could not be read when its labels were made")
+        return crop_image(image, crop, is_mirrored, self.preprocessing), target
 
     def blank(self) -> tuple[Tensor, Tensor]:
         return blank_image(self.preprocessing), torch.zeros(self.num_classes)
 
     def label(self, index: int, r: int) -> tuple[Crop, bool, Tensor]:
-        """Crop number r of an image, whether it is mirrored, and the teacher's answer as (K,) probabilities."""
+        """Crop number r of an image, whether it is flipped, and the teacher's (K,) probabilities."""
         shard, row = divmod(index, self.manifest.shard_size)
         if shard not in self.files:
             self.files[shard] = safe_open(shard_path(self.folder, shard), "pt").__enter__()

@@ -1,8 +1,8 @@
-"""Soft labels from a teacher, as the SReT authors distil: no hard labels beside them.
+"""Distillation from a teacher, as the SReT authors do it: only soft labels, no hard labels.
 
     L = mean over images of  -sum_k softmax(teacher / T)_k log softmax(student / T)_k
 
-Source: the authors' release, where the published distilled models come from; there is no factor T^2.
+Source: the authors' release, which trained the published distilled models; there is no factor T^2.
 """
 
 import textwrap
@@ -27,26 +27,26 @@ def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     return one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
-def answer(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
-    """(B, C, H, W) as the model takes them -> (B, K) probabilities, softened by a temperature."""
+def soft_predictions(model: nn.Module, images: Tensor, temperature: float) -> Tensor:
+    """(B, C, H, W) normalised for the model -> (B, K) probabilities of the logits divided by a temperature."""
     return (model(images).float() / temperature).softmax(dim=1)
 
 
 class Teacher(nn.Module):
-    """A frozen model in evaluation mode that looks at the student's images with its own eyes.
+    """A frozen model in evaluation mode, which takes the student's images and preprocesses them itself.
 
     Args:
         model: any classifier; preprocessing: the resolution and normalisation that it was trained with.
-        in_chans: channels of the images that it will be shown.
+        in_chans: channels of the student's images.
         temperature: T.
 
-    Raises `InputError` for a grey teacher of colour images.
+    Raises `InputError` for a teacher of grey images and a student of colour images.
     """
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, in_chans: int, temperature: float) -> None:
         super().__init__()
         if len(preprocessing.mean) == 1 < in_chans:
-            raise InputError("the teacher knows grey images only, and these are in colour")
+            raise InputError("the teacher takes grey images, but the data has colour images; choose another teacher")
         self.model = model.requires_grad_(False).eval()
         self.preprocessing, self.temperature = preprocessing, temperature
 
@@ -56,9 +56,9 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in 0..1 -> (B, K) probabilities."""
-        return answer(self.model, self.see(images), self.temperature)
+        return soft_predictions(self.model, self.preprocess(images), self.temperature)
 
-    def see(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """Images in 0..1 with the teacher's channels, size and normalisation."""
         if len(self.preprocessing.mean) == 3:
             images = images.expand(-1, 3, -1, -1)
@@ -68,14 +68,14 @@ class Teacher(nn.Module):
 
 
 def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) -> tuple[nn.Module, Preprocessing]:
-    """A teacher and how it wants its images.
+    """A teacher and its preprocessing.
 
     Args:
         name: a weights file, ours or the authors'; or a name for `timm.create_model`, with its pretrained weights.
-        weights: a file to take instead of timm's pretrained weights.
+        weights: a file to use instead of timm's pretrained weights.
         class_names: the student's.
 
-    Raises `InputError` for a teacher that cannot be had, or that knows other classes.
+    Raises `InputError` if the teacher cannot be loaded, or has other classes.
     """
     model: nn.Module
     if Path(name).is_file():
@@ -83,21 +83,21 @@ def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) ->
             raise InputError(f"{name} is a weights file itself; leave teacher_weights out")
         model, card = resolve(name)
         if card.class_names and tuple(card.class_names) != tuple(class_names):
-            raise InputError(f"the teacher {name} knows other classes than the data, or in another order")
+            raise InputError(f"the teacher {name} has other classes than the data, or another order of classes")
         preprocessing = card.preprocessing
     else:
         model, preprocessing = _from_timm(name, weights, len(class_names))
     if model.num_classes != len(class_names):
-        raise InputError(f"the teacher {name} knows {model.num_classes} classes, the data has {len(class_names)}")
+        raise InputError(f"the teacher {name} has {model.num_classes} classes, the data has {len(class_names)}")
     return model, preprocessing
 
 
 def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Preprocessing]:
     known = timm.list_models() + timm.list_pretrained()
     if ":" not in name and name not in known:
-        raise InputError(f"no teacher {name!r}: give a weights file or a model of timm{did_you_mean(name, known)}")
+        raise InputError(f"unknown teacher {name!r}; give a weights file or a timm model{did_you_mean(name, known)}")
     if weights is not None and not weights.is_file():
-        raise InputError(f"{weights}: no such file of weights for the teacher {name}")
+        raise InputError(f"{weights}: no such file, for the weights of the teacher {name}")
     try:
         if weights is None:
             model = timm.create_model(name, pretrained=True)
@@ -105,14 +105,14 @@ def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mo
             model = timm.create_model(name, num_classes=num_classes, checkpoint_path=str(weights))
     except InputError:
         raise
-    except Exception as error:  # of the hub, of the network, of a checkpoint: timm passes on whatever they raise
+    except Exception as error:  # timm passes on errors of the hub, of the network and of checkpoints
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
-        cure = (
-            "a file of weights for it can be named with teacher_weights"
+        hint = (
+            "teacher_weights can name a file with its weights"
             if weights is None
             else f"{weights} should hold timm's weights for it, with {num_classes} classes"
         )
-        raise InputError(f"the teacher {name} cannot be had: {reason}; {cure}") from error
+        raise InputError(f"could not load the teacher {name}: {reason}; {hint}") from error
     wanted = resolve_model_data_config(model)
     return model, Preprocessing(
         img_size=tuple(wanted["input_size"][1:]),

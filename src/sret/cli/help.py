@@ -1,0 +1,38 @@
+"""Formats `sret COMMAND --help`: ranges and choices in plain words instead of Python's types."""
+
+from argparse import Action
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from jsonargparse import DefaultHelpFormatter
+
+from sret.cli.messages import describe_range
+
+PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Adds to the help of an option whether it is required, the range of its numbers, and its default."""
+
+    def _get_help_string(self, action: Action) -> str:
+        if action.nargs == 0 or not (action.option_strings or action.required):
+            return (action.help or "").removesuffix(".")
+        notes = ["required"] if action.required and action.option_strings else []
+        notes += [describe_range(number) for number in _alternatives(action) if hasattr(number, "_restrictions")][:1]
+        if action.default not in (None, (), "==SUPPRESS=="):
+            notes.append("default: %(default)s")
+        return (action.help or "").removesuffix(".") + (f" ({', '.join(notes)})" if notes else "")
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        kinds = _alternatives(action)
+        for kind in kinds:
+            if get_origin(kind) is Literal:
+                return "{" + ",".join(map(str, get_args(kind))) + "}"
+        placeholders = [PLACEHOLDERS.get(getattr(kind, "_type", kind), "") for kind in kinds]
+        return next(filter(None, placeholders), "TEXT")
+
+
+def _alternatives(action: Action) -> list[Any]:
+    """The types that an option takes."""
+    hint = getattr(action, "_typehint", None) or action.type
+    return [hint] if get_origin(hint) is Literal else [hint, *get_args(hint)]

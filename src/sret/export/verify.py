@@ -1,0 +1,106 @@
+"""Compares an exported file with the model that it was made from, on images with or without labels."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sret.checkpoints.card import Card
+from sret.data.dataset import Samples
+from sret.data.loading import ImageDataset, Unreadable
+from sret.errors import InputError
+from sret.export.runtime import Exported
+from sret.models.sret import SReT
+
+TOLERANCE = 1e-4  # of the logits of a float32 file, relative to the largest logit
+FIRST_BATCHES = (1, 3)  # a graph in which the batch size became fixed fails at one of them
+RANDOM_IMAGES = 16  # to compare on without data
+
+Batch = tuple[Tensor, Sequence[int] | None]  # (B, C, H, W) and labels
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outputs of a file compared with those of its model.
+
+    Attributes:
+        count: images.
+        difference: largest absolute difference between two logits.
+        scale: largest absolute logit of the model.
+        agreement: share of images with the same top-1, in percent; None without classes.
+        top1: (the model's, the file's) accuracy in percent; None without labels.
+    """
+
+    count: int
+    difference: float
+    scale: float
+    agreement: float | None
+    top1: tuple[float, float] | None
+
+
+def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Comparison:
+    """Compares the logits for the same images; with accuracies if all batches have labels."""
+    expected, answered = [], []
+    labels: list[int] | None = []
+    for images, some_labels in batches:
+        with torch.no_grad():
+            expected.append(model(images))
+        answered.append(exported(images))
+        labels = None if labels is None or some_labels is None else [*labels, *some_labels]
+    before, after = torch.cat(expected), torch.cat(answered)
+    agreement, top1 = None, None
+    if exported.num_classes:
+        agreement = _percent(before.argmax(1) == after.argmax(1))
+        if labels is not None:
+            truth = torch.tensor(labels)
+            top1 = _percent(before.argmax(1) == truth), _percent(after.argmax(1) == truth)
+    difference, scale = (before - after).abs().max().item(), before.abs().max().item()
+    return Comparison(len(before), difference, scale, agreement, top1)
+
+
+def check_parity(comparison: Comparison, out: Path, dtype: str) -> None:
+    """Raises `InputError` for outputs that are not finite, and for float32 logits beyond `TOLERANCE`."""
+    difference, scale = comparison.difference, comparison.scale
+    if not np.isfinite(difference):
+        raise InputError(f"{out}: in {dtype} its outputs are not finite, so it was not written; try float32")
+    if dtype == "float32" and difference > TOLERANCE * scale:
+        raise InputError(
+            f"{out}: its logits differ from the model's by up to {difference:.1e} where the largest is {scale:.3g}, by "
+            f"more than {TOLERANCE:.0e} of it, so it was not written; try another engine, or another version of this"
+        )
+
+
+def some(samples: Samples, most: int) -> Samples:
+    """A random choice, the same every time: a folder has its images class by class."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(samples))
+    return samples.subset(sorted(order[:most].tolist()))
+
+
+def batches_of(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[Batch]:
+    """The images, prepared as the card says, in batches of these sizes."""
+    dataset, unreadable, start = ImageDataset(samples, card.preprocessing), Unreadable(0), 0
+    for size in sizes:
+        if start >= len(dataset):
+            return
+        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+        unreadable.add(problem for _, _, problem in items)
+        yield (
+            card.preprocessing.normalize(torch.stack([image for image, _, _ in items])),
+            [label for _, label, _ in items],
+        )
+        start += size
+
+
+def random_batches(card: Card) -> Iterator[Batch]:
+    """Noise of the card's size and channels, in several batch sizes."""
+    config, generator = card.config, torch.Generator().manual_seed(0)
+    images = torch.randn(RANDOM_IMAGES, config.in_chans, *config.input_size, generator=generator)
+    for part in images.split([*FIRST_BATCHES, RANDOM_IMAGES - sum(FIRST_BATCHES)]):
+        yield part, None
+
+
+def _percent(flags: Tensor) -> float:
+    return 100 * flags.double().mean().item()

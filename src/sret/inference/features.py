@@ -1,0 +1,112 @@
+"""Computes the features of images, and how well simple classifiers separate them: k-NN and a linear probe.
+
+Features are what the classifier of a model takes: pooled and normalised, C numbers an image. The scores are those of
+Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, arXiv:2104.14294: k-NN by cosine
+similarity, and logistic regression, fitted on the training and validation images and measured on the test images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sret.data.dataset import Samples
+from sret.data.loading import UNREADABLE, ImageDataset
+from sret.data.preprocess import Preprocessing, name_of
+from sret.data.workers import worker_options
+from sret.errors import InputError
+from sret.models.sret import SReT
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one image.
+
+    Attributes:
+        name: its path, or its place in the data set.
+        split: of the data set; None of a list of images.
+        values: (C,) float32; zeros if the image could not be read.
+        error: why it could not be read, or empty.
+    """
+
+    name: str
+    split: str | None
+    label: int
+    values: np.ndarray
+    error: str = ""
+
+
+class _Pooled(nn.Module):
+    """A model without its classifier, for images in 0..1."""
+
+    def __init__(self, model: SReT, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.preprocessing = model, preprocessing
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, C)."""
+        maps = self.model.forward_features(self.preprocessing.normalize(images))
+        return self.model.forward_head(maps, pre_logits=True)
+
+
+@torch.inference_mode()
+def features_of(
+    model: SReT,
+    preprocessing: Preprocessing,
+    samples: Samples,
+    split: str | None = None,
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> Iterator[Features]:
+    """The features of each image, in order, on the model's device and in its precision.
+
+    Raises `InputError` for a model whose outputs are not finite.
+    """
+    net = _Pooled(model.eval(), preprocessing)
+    device = next(model.parameters()).device
+    done = 0
+    for images, labels, errors in DataLoader(
+        ImageDataset(samples, preprocessing), batch_size, **worker_options(num_workers)
+    ):
+        values = net(images.to(device)).float().cpu()
+        if not values[labels != UNREADABLE].isfinite().all():
+            raise InputError("the model's features are not finite numbers: its weights are damaged")
+        for row, error in zip(values.numpy(), errors, strict=True):
+            name = samples.names[done] if samples.names else name_of(samples.images[done])
+            yield Features(name, split, int(samples.labels[done]), 0 * row if error else row, error)
+            done += 1
+
+
+def knn_accuracy(features: Sequence[Features], neighbours: int) -> float:
+    """Top-1 accuracy in percent on the test images, by the nearest of the others in cosine similarity."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    (train, train_labels), (test, test_labels) = _parts(features)
+    if neighbours > len(train):
+        raise InputError(f"{neighbours} neighbours, but there are {len(train)} images to find them among")
+    classifier = KNeighborsClassifier(neighbours, metric="cosine").fit(train, train_labels)
+    return 100 * float(classifier.score(test, test_labels))
+
+
+def linear_probe_accuracy(features: Sequence[Features]) -> float:
+    """Top-1 accuracy in percent on the test images of a logistic regression on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    (train, train_labels), (test, test_labels) = _parts(features)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, train_labels)
+    return 100 * float(classifier.score(test, test_labels))
+
+
+def _parts(features: Sequence[Features]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(features, labels) of the images to fit on, and of those to test on ("test", or "val" where there is none)."""
+    readable = [f for f in features if not f.error]
+    held = "test" if any(f.split == "test" for f in readable) else "val"
+    parts = [[f for f in readable if (f.split == held) == is_test] for is_test in (False, True)]
+    if not all(parts):
+        raise InputError("a score needs images to fit on and images to test on, in two splits")
+    return [(np.stack([f.values for f in part]), np.array([f.label for f in part])) for part in parts]

@@ -1,0 +1,172 @@
+"""timm's contract, for every registered name: what timm's own tests ask of its models, and what its users do with them.
+
+Left out: TorchScript (`torch.jit.script`), which torch has deprecated and which cannot type the residual's branch.
+"""
+
+import pytest
+import timm
+import torch
+from conftest import small_config
+from timm.data import resolve_data_config
+from timm.models import create_feature_extractor, get_graph_node_names, save_for_hf
+
+import sret
+from sret import SReT
+from sret.checkpoints.card import Card, save_weights
+from sret.data.preprocess import Preprocessing
+
+NAMES = timm.list_models("sret*")
+SHALLOW = [name for name in NAMES if "deep" not in name]
+SMALL = {"img_size": 64}
+
+
+def images(model, batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, model.in_chans, *model.config.input_size)
+
+
+def small(name: str, **options) -> torch.nn.Module:
+    return timm.create_model(name, **{**SMALL, **options}).eval()
+
+
+def test_all_names_are_registered():
+    assert len(NAMES) == 15
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_forward_and_backward(name):
+    model = small(name, num_classes=42).train()
+    output = model(images(model, 2))
+    assert output.shape == (2, 42)
+    assert output.isfinite().all()
+    output.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_the_default_cfg_says_what_the_model_does(name):
+    model = timm.create_model(name).eval()
+    cfg, keys = model.default_cfg, model.state_dict().keys()
+    assert f"{cfg['classifier']}.weight" in keys
+    assert f"{cfg['first_conv']}.weight" in keys
+    assert cfg["input_size"] == (3, *model.config.input_size)
+    assert cfg["pool_size"] == model.config.grids()[-1]
+    model = small(name)
+    x, grid = images(model), model.config.grids()[-1]
+    with torch.no_grad():
+        maps = model.forward_features(x)
+        assert maps.shape == (1, model.num_features, *grid)
+        assert model.forward_head(maps, pre_logits=True).shape == (1, model.head_hidden_size)
+        model.reset_classifier(0)
+        assert model(x).shape == (1, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(x).shape == (1, model.num_features, *grid)
+
+
+@pytest.mark.parametrize("kind", ["getter", "hook", "list", "dict", "fx"])
+@pytest.mark.parametrize("name", ["sret_t", "sret_s_unsliced"])
+def test_feature_maps_by_every_kind_of_extractor_are_the_stages(name, kind):
+    torch.manual_seed(1)
+    model = small(name)
+    extractor = small(name, features_only=True, feature_cls=kind)
+    extractor.load_state_dict(
+        {own: model.state_dict()[key] for own, key in zip(extractor.state_dict(), kept(extractor, model), strict=True)}
+    )
+    x = images(model, 2)
+    with torch.no_grad():
+        found = extractor(x)
+        expected = model.forward_intermediates(x, intermediates_only=True)
+    found = list(found.values()) if isinstance(found, dict) else found
+    assert extractor.feature_info.channels() == [y.shape[1] for y in expected]
+    assert extractor.feature_info.reduction() == [8, 16, 32]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def kept(extractor: torch.nn.Module, model: torch.nn.Module) -> list[str]:
+    """The model's keys of what an extractor keeps of it, in order."""
+    return [key for key in model.state_dict() if not key.startswith(("head", "norm"))][: len(extractor.state_dict())]
+
+
+def test_graphs_of_torch_fx_train_and_evaluate():
+    model = small("sret_t", num_classes=42)
+    train_nodes, eval_nodes = get_graph_node_names(model)
+    x = images(model, 2)
+    with torch.no_grad():
+        (found,) = create_feature_extractor(model, [eval_nodes[-1]]).eval()(x).values()
+        torch.testing.assert_close(found, model(x))
+    trained = create_feature_extractor(model, [train_nodes[-1]]).train()
+    (output,) = trained(x).values()
+    output.mean().backward()
+    assert all(p.grad is not None for p in trained.parameters())
+
+
+def test_intermediates_in_both_layouts():
+    model = small("sret_t")
+    x = images(model, 2)
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(last, maps[-1])
+    for one, other in zip(maps, nhwc, strict=True):
+        torch.testing.assert_close(one, other.permute(0, 3, 1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_and_compiling_for_any_size():
+    model = SReT(small_config()).eval()
+    x, wide = images(model, 2), torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(wide), model(wide))
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
+    torch.testing.assert_close(exported(wide), model(wide))
+
+
+def test_device_dtype_and_pooling_are_options():
+    model = small("sret_t", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    model = small("sret_t", global_pool="max")
+    x = images(model)
+    with torch.no_grad():
+        maps = model.forward_features(x)
+        torch.testing.assert_close(model(x), model.head(model.norm(maps.amax((2, 3)))))
+
+
+def test_set_input_size_resizes_the_position_embedding():
+    torch.manual_seed(1)
+    model = small("sret_t")
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        before = model(x)
+        model.set_input_size((96, 64))
+        assert model.pos_embed.weight.shape[-2:] == (12, 8)
+        torch.testing.assert_close(model(x), before)
+    assert model.config.input_size == (96, 64)
+
+
+def test_a_model_saved_for_the_hub_is_created_again(tmp_path):
+    model = small("sret_t")
+    save_for_hf(model, tmp_path)
+    for options in ({}, {"img_size": 96}, {"num_classes": 5}, {"in_chans": 1}, {"features_only": True}):
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **options)
+        block = "stages.1.recursions.0.block.mlp.branch.fc1.weight"
+        found = next(value for key, value in again.state_dict().items() if key.endswith(block))
+        assert torch.equal(found, model.state_dict()[block]), options
+
+
+def test_the_cfg_of_a_loaded_model_is_that_of_its_card(tmp_path):
+    config = small_config(in_chans=1, img_size=32)
+    assert resolve_data_config({}, model=SReT(config))["input_size"] == (1, 32, 32)
+    preprocessing = Preprocessing(img_size=(32, 32), mean=(0.1,), std=(0.3,), crop_pct=1.0, interpolation="bilinear")
+    names = tuple(f"class {k}" for k in range(10))
+    path = tmp_path / "grey.safetensors"
+    save_weights(path, SReT(config).state_dict(), Card(config=config, preprocessing=preprocessing, class_names=names))
+    model = sret.load(path)
+    found = resolve_data_config({}, model=model)
+    assert (found["input_size"], found["mean"], found["std"]) == ((1, 32, 32), (0.1,), (0.3,))
+    assert (found["crop_pct"], found["interpolation"]) == (1.0, "bilinear")
+    assert model.pretrained_cfg["label_names"] == names
