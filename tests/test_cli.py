@@ -23,6 +23,7 @@ from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.data.sources import load_data
 from sret.models.variants import CONFIGS
+from sret.training import dry_run
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -130,6 +131,9 @@ def one_line(err: str) -> str:
         (["info", "--img-sise", "8"], "unknown option 'img_sise'; did you mean 'img_size'?"),
         (["train", "--config", DIGITS], "missing out"),
         (["train", "--config", "none.yaml", "--out", "x"], "none.yaml"),
+        (["train", "--out", "x"], "no model; give a recipe (--config FILE), or the name of a model (--model sret_t)"),
+        (["train", "--out", "x", "--model", "null"], "no model; give a recipe"),
+        (["train", "--out", "x", "--config", DIGITS, "--batch_size", "5000"], "use at most 1222, for example 152"),
         (["train", "--config", DIGITS, "--out", "x", "--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
         (
             ["train", "--config", DIGITS, "--out", "x", "--epochs", "many"],
@@ -325,6 +329,7 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(sret, tmp_path):
         "Read",
         "Read",
         "Read",
+        "Step",
         "Speed",
         "Time",
         "Disk",
@@ -334,6 +339,15 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(sret, tmp_path):
     minutes, seconds = map(int, re.search(r"Time    0:(\d\d):(\d\d) ", out).groups())
     assert 60 * minutes + seconds == pytest.approx(1140 * 64 / speed, rel=0.1, abs=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_slow_steps_ends_after_one(sret, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "STEP_SECONDS", 0)
+    monkeypatch.setattr(dry_run, "READ_SECONDS", 0)
+    code, out, _ = sret("train", "--config", DIGITS, "--out", tmp_path / "x", "--dry-run")
+    assert code == 0
+    assert "Read    0 of 1,222 train images" in out
+    assert "images/s in one step" in out
 
 
 def test_a_dry_run_finds_what_would_stop_the_run(run_folder, sret, tmp_path):

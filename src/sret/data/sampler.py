@@ -3,6 +3,7 @@
 Letters: B images per step, P parts that a step is computed in (processes x micro-batches).
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,10 @@ class EpochBatches(Sampler[list[SampleIndex]]):
     ) -> None:
         num_parts = num_ranks * accumulation
         if batch_size > num_samples:
-            raise InputError(f"batch_size {batch_size} is more than the {num_samples} training images")
+            unit = math.lcm(repeats, 2 * num_parts if num_parts > 1 else 2)
+            most = num_samples // unit * unit
+            hint = f"use at most {most}, for example {max(unit, most // 8 // unit * unit)}" if most else "add images"
+            raise InputError(f"batch_size {batch_size} is more than the {num_samples} training images; {hint}")
         if num_parts > 1 and batch_size % (2 * num_parts):
             raise InputError(
                 f"batch_size {batch_size} cannot be shared by {num_ranks} processes in {accumulation} parts each: "

@@ -92,6 +92,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", self.data.rstrip("/") or "/")  # photos/ is photos
         object.__setattr__(self, "freeze", _tuple(self.freeze))
+        name = self.model.get("name", "") if isinstance(self.model, dict) else ""
+        if not (self.model and isinstance(self.model, ModelConfig | dict | str) and isinstance(name, str)):
+            raise InputError("no model; give a recipe (--config FILE), or the name of a model (--model sret_t)")
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():

@@ -1,34 +1,32 @@
 """Dry run: checks data and model, and measures speed, memory and disk, in seconds. Leaves no files."""
 
-import os
 import shutil
 import tempfile
-from contextlib import redirect_stdout
-from dataclasses import replace
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from accelerate import PartialState
-from rich.console import Console
 
-from sret.checkpoints.state import load_state
 from sret.data.dataset import check_output_dir
 from sret.data.loading import ImageDataset, Unreadable
-from sret.data.sources import load_data
 from sret.errors import InputError
-from sret.models.sret import SReT
-from sret.training import run_dir
+from sret.files import format_bytes
+from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
-from sret.training.loop import train
-from sret.training.metrics import MIB, StepMetrics, describe, memory_in_use
-from sret.training.setup import fitting_model
+from sret.training.loop import train_step
+from sret.training.metrics import MetricsBuffer, StepMetrics, check_finite, memory_in_use
+from sret.training.setup import Setup, prepare
+from sret.training.signals import StopRequest
+from sret.training.state import TrainingState
 
-READ = 200  # images of each split, evenly spaced
+READ = 200  # images of each split, spread over it
+READ_SECONDS = 1.0  # for each split; large photos take a tenth of a second each
 STEPS = 4
+STEP_SECONDS = 5.0  # no step starts later, except the second one of compiled passes
 FILES = 4  # of about the size of a state: best and last weights, the state, and the next state while it is written
-MB = 1e6
 
 
 def dry_run(config: TrainConfig, out: Path, resume: Literal["auto"] | None, runtime: RuntimeConfig) -> None:
@@ -38,40 +36,78 @@ def dry_run(config: TrainConfig, out: Path, resume: Literal["auto"] | None, runt
     the data, a full disk.
     """
     check_output_dir(out, config.data)
-    data = load_data(config.data)
-    model_config = fitting_model(config, data)
-    preprocessing = data.preprocessing(model_config.input_size, config.exif_orientation)
-    run_dir.find_state(out, config, data, run_dir.sources_of(config, data), may_resume=resume == "auto")
-    recorded: list[StepMetrics] = []
+    accelerator = distributed.make_accelerator(config, runtime, out)
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".sret-dry-run-", dir=parent) as folder:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-                quiet = replace(runtime, trackers=(), max_corrupt=len(data.split("train")))
-                train(config, Path(folder), max_steps=STEPS, runtime=quiet, on_metrics=recorded.append)
+            setup, _ = prepare(config, Path(folder), None, STEPS, runtime, accelerator)
+            try:
+                run_dir.find_state(out, config, setup.data, setup.sources, may_resume=resume == "auto")
+                state = TrainingState(Unreadable(runtime.max_corrupt))
+                _read_images(setup, state.unreadable)
+                recorded = _train_steps(setup, state)
+                state.save(setup, Path(folder))
+            finally:
+                setup.close()
             if not PartialState().is_main_process:
                 return
-            state = load_state(Path(folder) / run_dir.STATE)
             size = (Path(folder) / run_dir.STATE).stat().st_size
     except OSError as error:
         raise InputError(f"{parent}: cannot be written to ({error.strerror or error})") from error
+    _print_needs(setup, recorded, FILES * size, parent)
 
-    console = Console(highlight=False, soft_wrap=True)
-    describe(console, SReT(model_config), data)
-    unreadable = Unreadable(runtime.max_corrupt)
-    for name, samples in data.splits.items():
-        dataset = ImageDataset(samples, preprocessing)
-        indices = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(int)).tolist()
-        errors = [error for error in (dataset[i][2] for i in indices) if error]
-        console.print(f"Read    {len(indices)} of {len(dataset):,} {name} images: {len(errors)} unreadable")
-        unreadable.add(errors)
-    memory = memory_in_use(PartialState().device) / MIB
+
+def _read_images(setup: Setup, unreadable: Unreadable) -> None:
+    """Reads some images of each split. Raises `InputError` if more are unreadable than the run may skip."""
+    for name, samples in setup.data.splits.items():
+        dataset = ImageDataset(samples, setup.preprocessing)
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, READ).astype(int))
+        indices = np.random.Generator(np.random.PCG64(0)).permutation(chosen).tolist()
+        started, errors, count = time.perf_counter(), [], 0
+        while count < len(indices) and time.perf_counter() - started < READ_SECONDS:
+            errors.append(dataset[indices[count]][2])
+            count += 1
+        bad = sum(map(bool, errors))
+        setup.console.print(f"Read    {count} of {len(dataset):,} {name} images: {bad} unreadable", soft_wrap=True)
+        unreadable.add(errors, is_quiet=not setup.accelerator.is_main_process)
+
+
+def _train_steps(setup: Setup, state: TrainingState) -> list[StepMetrics]:
+    """Trains for `STEPS` steps or `STEP_SECONDS`, and prints the time of the first one as soon as it is done."""
+    setup.batches.start_at(0)
+    setup.net.train()
+    for module in setup.frozen:
+        module.eval()
+    buffer = MetricsBuffer(setup.accelerator, state.unreadable, StopRequest())
+    loaded = iter(setup.train_loader)
+    recorded: list[StepMetrics] = []
+    needed = 2 if setup.runtime.compile else 1
+    for _ in range(min(STEPS, setup.last_step)):
+        buffer.add(*train_step(setup, state, loaded))
+        recorded.append(buffer.flush())
+        check_finite(recorded[-1].losses, state.step, setup.epoch_steps, setup.out)
+        if len(recorded) == 1:
+            seconds = f"{recorded[0].seconds:.2g} s for the first step of {setup.config.batch_size} images"
+            setup.console.print(f"Step    {seconds}, warm-up included", soft_wrap=True)
+        if len(recorded) >= needed and sum(step.seconds for step in recorded) > STEP_SECONDS:
+            break
+    return recorded
+
+
+def _print_needs(setup: Setup, recorded: list[StepMetrics], disk: int, parent: Path) -> None:
+    """Prints speed, memory, time and disk. Raises `InputError` if the disk is too small."""
+    console, steps = setup.console, setup.total_steps
     timed = recorded[1:] or recorded  # the first step includes warm-up
-    seconds = sum(metrics.seconds for metrics in timed) / sum(len(metrics.losses) for metrics in timed)
-    left = timedelta(seconds=round(seconds * state["total_steps"]))
-    console.print(f"Speed   {config.batch_size / seconds:,.0f} images/s in the first steps; memory {memory:,.0f} MiB")
-    console.print(f"Time    {left} (hours:minutes:seconds) for {state['total_steps']:,} steps, and the evaluations")
+    seconds = sum(step.seconds for step in timed) / len(timed)
+    which = f"in {len(timed)} steps" if len(recorded) > 1 else "in one step"
+    memory = format_bytes(memory_in_use(PartialState().device))
+    left = timedelta(seconds=round(seconds * steps))
     free = shutil.disk_usage(parent).free
-    console.print(f"Disk    {FILES * size / MB:,.0f} MB needed, {free / MB:,.0f} MB free at {parent}")
-    if FILES * size > free:
-        raise InputError(f"{parent}: {free / MB:,.0f} MB are free, but the run needs about {FILES * size / MB:,.0f} MB")
+    console.print(
+        f"Speed   {setup.config.batch_size / seconds:,.0f} images/s {which}; memory {memory}\n"
+        f"Time    {left} (hours:minutes:seconds) for {steps:,} steps, and the evaluations\n"
+        f"Disk    {format_bytes(disk)} needed, {format_bytes(free)} free at {parent}",
+        soft_wrap=True,
+    )
+    if disk > free:
+        raise InputError(f"{parent}: {format_bytes(free)} are free, but the run needs about {format_bytes(disk)}")

@@ -26,8 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     # A plain mapping, checked by TrainConfig, whose error messages are better than the parser's.
     parser.add_argument(
         "--model",
-        type=dict[str, Any] | str,
-        required=True,
+        type=dict[str, Any] | str | None,
         help="a named model such as sret_t, whose fields --model.FIELD changes; or all fields of a ModelConfig",
     )
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
