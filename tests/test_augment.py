@@ -83,8 +83,8 @@ def test_affine_sees_what_evaluation_sees():
 
 
 def test_settings_that_cannot_be_are_refused():
-    for name, value in (("min_scale", 0.0), ("random_erasing", 1.5), ("repeats", 0)):
-        with pytest.raises(InputError, match=f"augmentation.{name} is {value}"):
+    for name, value in (("min_scale", 0.0), ("random_erasing", 1.5), ("geometry", "resize")):
+        with pytest.raises(InputError, match=f"augmentation.{name} is {value!r}"):
             Augmentation(**{name: value})
     with pytest.raises(InputError, match="needs colour images, but these are grey"):
         train_transform(Augmentation(auto_augment="rand-m9"), GREY)

@@ -412,7 +412,7 @@ def test_what_a_compiler_or_converter_cannot_do_is_left_out_with_its_reason(monk
         (["sret_tt"], "no model 'sret_tt': give a model of timm or a weights file; did you mean 'sret_t'?"),
         (["vit_tiny_patch16_22"], "did you mean 'vit_tiny_patch16_224'?"),
         (["gone.safetensors"], "gone.safetensors: no such file"),
-        (["sret_t:permutation=stridid"], "permutation 'stridid' is not one of random, strided"),
+        (["sret_t:permutation=stridid"], "permutation is 'stridid'; it must be one of random, strided"),
         (["sret_t:permutatio=strided"], "did you mean 'permutation'?"),
         (["sret_t:strided"], "options are written sret_t:name=value"),
         (["sret_t:img_size=64", "--img-size", "64"], "both img_size and --img-size are given"),

@@ -142,7 +142,10 @@ def one_line(err: str) -> str:
         (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
         (["train", "--config", IMAGENET, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
-        (["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"], "model has stages, and the name of"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"],
+            "model has stages and also the name 'sret_t'",
+        ),
         (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
         (["train", "--config", DIGITS, "--out", "x", "--grad-checkpointing"], "did you mean 'model.memory'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
@@ -453,6 +456,19 @@ def test_help_and_misspellings_do_not_wait_for_torch(arguments, code, output):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     assert output in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_plain_text(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.splitlines()[0].endswith("[options]")
+    assert not re.search("<class|typing|Path to a configuration|None|True|False", text)
+    if "--checkpoint" in text or "--init" in text:
+        assert "sret_t.dist_in1k" in " ".join(text.split())
 
 
 def test_the_command_is_installed():

@@ -45,11 +45,12 @@ def test_a_stage_that_cannot_be_is_refused(changes, message):
         ({"stages": "sret_t"}, "stages is"),
         ({"img_size": (64, 64, 64)}, "img_size"),
         ({"stem_stride": 3}, "stem_stride 3 is not one of 8, 4, 2, 1"),
-        ({"permutation": "shuffled"}, "permutation 'shuffled' is not one of random, strided"),
+        ({"permutation": "shuffled"}, "permutation is 'shuffled'; it must be one of random, strided"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; it must be a number >= 0 and < 1"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"in_chans": 0}, "in_chans is 0"),
-        ({"global_pool": ""}, "use 'avg' or 'max', or '' with num_classes 0"),
+        ({"global_pool": "mean"}, "global_pool is 'mean'; it must be one of avg, max, ''"),
+        ({"global_pool": ""}, "use avg or max, or set num_classes to 0"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(changes, message):

@@ -43,23 +43,11 @@ def test_one_part_is_the_batch_itself():
     assert part_of(batch, 0, 1) == batch
 
 
-def test_repeated_augmentation_shows_each_image_several_times():
-    batches = EpochBatches(30, 6, 0, repeats=3)
-    epoch = list(batches)
-    assert len(epoch) == batches.steps == 5
-    for batch in epoch:
-        assert len({sample.image for sample in batch}) == 2
-        assert sorted(sample.copy for sample in batch) == [0, 0, 1, 1, 2, 2]
-    assert len({sample.image for batch in epoch for sample in batch}) == 10  # a third of the images
-
-
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"batch_size 10 cannot be shared by 3 processes.* a multiple of 6"):
         EpochBatches(100, 10, 0, 0, 3)
     with pytest.raises(InputError, match=r"in 2 parts each: it must be a multiple of 8"):
         EpochBatches(100, 10, 0, 0, 2, 2)
-    with pytest.raises(InputError, match=r"not a multiple of augmentation\.repeats 3"):
-        EpochBatches(100, 10, 0, repeats=3)
     with pytest.raises(InputError, match="batch_size 10 is more than the 9 training images"):
         EpochBatches(9, 10, 0)
 

@@ -1,4 +1,4 @@
-"""Recursive vision transformers: build, train, measure, ship.
+"""Recursive vision transformers: build, train, evaluate and export them.
 
 Importing `sret` registers its models with timm: `timm.create_model("sret_t")`.
 

@@ -1,8 +1,8 @@
-"""Number types with a range, by which the command line parses options and `check_ranges` checks dataclasses."""
+"""Types of numbers within a range: the command line parses options with them, `check_fields` checks dataclasses."""
 
 import os
 import re
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -29,35 +29,34 @@ __all__ = [
     "Seed",
     "Share",
     "Workers",
+    "check_fields",
     "check_number",
-    "check_ranges",
 ]
 
 BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
-# Larger ones are slips, or files that would fill the memory.
+# Larger numbers are typing errors, or files that would need too much memory.
 Channels = restricted_number_type("Channels", int, [(">", 0), ("<=", 65536)])
 Classes = restricted_number_type("Classes", int, [(">=", 0), ("<=", 1_000_000)])
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
-# Of processes that load images: more than this on one machine is a slip.
+# Processes that load images: more than this on one machine is a typing error.
 Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", max(16, 4 * (os.cpu_count() or 1)))])
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raises `InputError` naming the first field of a dataclass whose number is outside the range of its type.
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Checks the fields of a dataclass that are numbers within a range, a `Literal` or a bool.
 
-    The same for a field of type bool that is something else.
-
-    Numbers become plain `int` and `float`.
+    Numbers become plain `int` and `float`. Raises `InputError` naming the first field with a wrong value.
     """
     for name, hint in get_type_hints(type(config)).items():
-        if hint is bool and not isinstance(getattr(config, name), bool):
-            raise InputError(f"{prefix}{name} is {getattr(config, name)!r}; it must be true or false")
+        value = getattr(config, name)
+        if hint is bool and not isinstance(value, bool):
+            raise InputError(f"{prefix}{name} is {value!r}; it must be true or false")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = ", ".join(choice or "''" for choice in get_args(hint))
+            raise InputError(f"{prefix}{name} is {value!r}; it must be one of {choices}")
         for number in (hint, *get_args(hint)):
-            if hasattr(number, "_restrictions") and not (
-                type(None) in get_args(hint) and getattr(config, name) is None
-            ):
-                value = getattr(config, name)
+            if hasattr(number, "_restrictions") and not (type(None) in get_args(hint) and value is None):
                 check_number(f"{prefix}{name}", value, number)
                 # The command line passes instances of these types, which a file of plain values cannot hold.
                 object.__setattr__(config, name, int(value) if isinstance(value, int) else float(value))

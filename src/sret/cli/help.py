@@ -1,6 +1,7 @@
 """Formats `sret COMMAND --help`: ranges and choices in plain words instead of Python's types."""
 
 from argparse import Action
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -9,10 +10,21 @@ from jsonargparse import DefaultHelpFormatter
 from sret.cli.messages import describe_range
 
 PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
+# Options that jsonargparse adds for dataclasses, beside the options of their fields.
+HIDDEN = ("_ActionConfigLoad", "_ActionHelpClassPath")
 
 
 class HelpFormatter(DefaultHelpFormatter):
     """Adds to the help of an option whether it is required, the range of its numbers, and its default."""
+
+    def _format_usage(self, usage: str | None, actions: Iterable[Action], *_: Any, **__: Any) -> str:
+        """Only what must be given; the list below has all options."""
+        needed = [action for action in actions if action.required or not action.option_strings]
+        return super()._format_usage(usage, needed, [], "usage: ").rstrip() + " [options]\n\n"
+
+    def add_argument(self, action: Action) -> None:
+        if type(action).__name__ not in HIDDEN:
+            super().add_argument(action)
 
     def _get_help_string(self, action: Action) -> str:
         if action.nargs == 0 or not (action.option_strings or action.required):
@@ -20,7 +32,8 @@ class HelpFormatter(DefaultHelpFormatter):
         notes = ["required"] if action.required and action.option_strings else []
         notes += [describe_range(number) for number in _alternatives(action) if hasattr(number, "_restrictions")][:1]
         if action.default not in (None, (), "==SUPPRESS=="):
-            notes.append("default: %(default)s")
+            default = str(action.default).lower() if isinstance(action.default, bool) else "%(default)s"
+            notes.append(f"default: {default}")
         return (action.help or "").removesuffix(".") + (f" ({', '.join(notes)})" if notes else "")
 
     def _get_default_metavar_for_optional(self, action: Action) -> str:
@@ -29,7 +42,7 @@ class HelpFormatter(DefaultHelpFormatter):
             if get_origin(kind) is Literal:
                 return "{" + ",".join(map(str, get_args(kind))) + "}"
         placeholders = [PLACEHOLDERS.get(getattr(kind, "_type", kind), "") for kind in kinds]
-        return next(filter(None, placeholders), "TEXT")
+        return next(filter(None, placeholders), action.dest.rpartition(".")[2].upper())
 
 
 def _alternatives(action: Action) -> list[Any]:

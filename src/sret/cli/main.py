@@ -21,15 +21,15 @@ from sret.version import __version__
 
 # Each is a module of sret.cli.commands, imported only when the command runs.
 COMMANDS = {
-    "train": "train a model by a recipe",
+    "train": "train a model with a recipe",
     "soft-labels": "write a teacher's predictions for many crops of each image",
     "eval": "measure the accuracy of a checkpoint on labelled images",
     "predict": "classify images",
-    "features": "write features of images; score them by k-NN or a linear probe",
-    "bench": "measure models side by side: time, memory, multiply-adds",
-    "info": "show the published models, or one model in detail",
-    "convert": "convert the authors' checkpoints into safetensors, and back",
-    "export": "write a model as a file for ONNX Runtime or OpenVINO",
+    "features": "write the features of images; measure k-NN and linear-probe accuracy",
+    "bench": "compare models: time, memory, MACs",
+    "info": "list the published models, or show one model in detail",
+    "convert": "convert the authors' checkpoints to safetensors, and back",
+    "export": "export a model to ONNX Runtime or OpenVINO",
 }
 
 # The extra that installs a missing package, if it is not `train`.
@@ -38,7 +38,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino"), "export"),
 }
 
-# At its exit Python would look through millions of objects of torch and timm for garbage, which takes a second or two.
+# At exit the garbage collector would search the millions of objects of torch and timm, which takes a second or two.
 atexit.register(gc.freeze)
 
 
@@ -96,7 +96,7 @@ def _help() -> str:
         [
             "usage: sret [--help] [--version] COMMAND ...",
             "",
-            "Recursive vision transformers: build, train, measure, ship.",
+            "Recursive vision transformers: build, train, evaluate and export them.",
             "",
             *lines,
             "",

@@ -4,24 +4,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sret.data.policy import check_policy
-from sret.ranges import ClosedUnitInterval, PositiveInt, Share, check_ranges
+from sret.ranges import ClosedUnitInterval, Share, check_fields
 
 Geometry = Literal["crop", "pad", "affine", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of training images.
+    """Augmentation of training images.
 
     Attributes:
         geometry: "crop", a random resized crop (photos); "pad", a random crop after padding by 1/8 (small images, such
             as CIFAR's); "affine", rotation up to 12 degrees, shift up to 8 %, scale 0.9 to 1.1 (images that fill the
-            frame, such as digits); "none", resize and centre crop as in evaluation.
-        min_scale: smallest share of the image's area that "crop" keeps.
-        flip: flip half of the images horizontally, at random.
+            frame, such as digits); "none", resize and centre crop, as in evaluation.
+        min_scale: smallest part of the image's area that "crop" keeps.
+        flip: flip an image horizontally with probability 0.5.
         auto_augment: a policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; colour images only.
         random_erasing: probability that a rectangle of the image is replaced by noise.
-        repeats: copies of an image in one batch, each augmented independently.
     """
 
     geometry: Geometry = "crop"
@@ -29,9 +28,8 @@ class Augmentation:
     flip: bool = True
     auto_augment: str | None = None
     random_erasing: ClosedUnitInterval = 0.0
-    repeats: PositiveInt = 1
 
     def __post_init__(self) -> None:
-        check_ranges(self, "augmentation.")
+        check_fields(self, "augmentation.")
         if self.auto_augment is not None:
             check_policy(self.auto_augment, "augmentation.auto_augment")

@@ -3,7 +3,6 @@
 Letters: B images per step, P parts that a step is computed in (processes x micro-batches).
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ class SampleIndex(NamedTuple):
 
     image: int
     epoch: int
-    copy: int = 0  # number of the copy, with repeated augmentation
 
 
 class EpochBatches(Sampler[list[SampleIndex]]):
@@ -31,9 +29,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
     mirrored positions, because mixup and CutMix pair them (timm's batch mode): so the pairs do not depend on the number
     of parts either.
 
-    Images that do not fill a last batch are left out of the epoch. With `repeats` R (repeated augmentation; Hoffer et
-    al., CVPR 2020, arXiv:1901.09335), a batch holds R differently augmented copies of each image, and an epoch
-    sees 1/R of the images in the same number of steps.
+    Images that do not fill a last batch are left out of the epoch.
 
     Args:
         rank, num_ranks: of this process.
@@ -50,11 +46,10 @@ class EpochBatches(Sampler[list[SampleIndex]]):
         rank: int = 0,
         num_ranks: int = 1,
         accumulation: int = 1,
-        repeats: int = 1,
     ) -> None:
         num_parts = num_ranks * accumulation
         if batch_size > num_samples:
-            unit = math.lcm(repeats, 2 * num_parts if num_parts > 1 else 2)
+            unit = 2 * num_parts
             most = num_samples // unit * unit
             hint = f"use at most {most}, for example {max(unit, most // 8 // unit * unit)}" if most else "add images"
             raise InputError(f"batch_size {batch_size} is more than the {num_samples} training images; {hint}")
@@ -63,9 +58,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
                 f"batch_size {batch_size} cannot be shared by {num_ranks} processes in {accumulation} parts each: "
                 f"it must be a multiple of {2 * num_parts}"
             )
-        if batch_size % repeats:
-            raise InputError(f"batch_size {batch_size} is not a multiple of augmentation.repeats {repeats}")
-        self.num_samples, self.batch_size, self.seed, self.repeats = num_samples, batch_size, seed, repeats
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.num_ranks, self.accumulation = rank, num_ranks, accumulation
         self.epoch = self.first = 0
 
@@ -83,7 +76,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
         num_parts = self.num_ranks * self.accumulation
         for step in range(self.first, self.steps):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            batch = [SampleIndex(int(order[p // self.repeats]), self.epoch, p % self.repeats) for p in places]
+            batch = [SampleIndex(int(order[place]), self.epoch) for place in places]
             for k in range(self.accumulation):
                 yield part_of(batch, k * self.num_ranks + self.rank, num_parts)
 

@@ -5,12 +5,12 @@ Letters: C channels. A *layer* is one pass of attention and MLP.
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from sret.errors import InputError, did_you_mean
 from sret.kernels.checkpointing import CheckpointPolicy
 from sret.kernels.slices import slice_lengths
-from sret.ranges import BelowOne, Channels, Classes, NonNegativeFloat, PositiveInt, check_ranges
+from sret.ranges import BelowOne, Channels, Classes, NonNegativeFloat, PositiveInt, check_fields
 
 # Strides of the stem's three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
@@ -43,7 +43,7 @@ class StageConfig:
     projection_ratio: NonNegativeFloat | None = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
         object.__setattr__(self, "groups", tuple(self.groups))
@@ -132,25 +132,16 @@ class ModelConfig:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages or not all(isinstance(stage, StageConfig) for stage in self.stages):
             raise InputError(f"stages is {self.stages!r}; give at least one StageConfig")
-        check_ranges(self)
+        check_fields(self)
         if self.depth > MAX_DEPTH:
             raise InputError(f"the model has {self.depth:,} layers, which is more than {MAX_DEPTH:,}")
         if not isinstance(self.stem_stride, int) or self.stem_stride not in STEM_STRIDES:
             raise InputError(f"stem_stride {self.stem_stride} is not one of {', '.join(map(str, STEM_STRIDES))}")
         if self.stages[0].embed_dim < 2:
             raise InputError("the first stage needs at least 2 channels: the stem starts with half of them")
-        if self.permutation not in get_args(PermutationKind):
-            raise InputError(f"permutation {self.permutation!r} is not one of {', '.join(get_args(PermutationKind))}")
-        if self.residual_scale not in get_args(ResidualScale):
-            raise InputError(
-                f"residual_scale {self.residual_scale!r} is not one of {', '.join(get_args(ResidualScale))}"
-            )
         CheckpointPolicy.parse(self.memory, self.reversible)
-        if self.global_pool not in ("avg", "max", "") or (self.global_pool == "" and self.num_classes):
-            raise InputError(
-                f"global_pool {self.global_pool!r} with {self.num_classes} classes; use 'avg' or 'max', or '' with "
-                "num_classes 0"
-            )
+        if self.global_pool == "" and self.num_classes:
+            raise InputError(f"global_pool '' with {self.num_classes} classes; use avg or max, or set num_classes to 0")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.embed_dim % before.embed_dim:
                 raise InputError(

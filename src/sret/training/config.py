@@ -1,4 +1,4 @@
-"""Training settings: the recipe, which determines the trained weights, and how a machine computes its steps."""
+"""Training settings: the recipe, which determines the trained weights, and the runtime settings, which do not."""
 
 import json
 import warnings
@@ -21,45 +21,47 @@ from sret.ranges import (
     PositiveInt,
     Seed,
     Workers,
-    check_ranges,
+    check_fields,
 )
 from sret.training.distillation.config import Distillation
 
 # timm's names. timm has a hundred; some keep part of their state outside the state dict and could not resume exactly.
-OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "nadamw", "adopt")
+Optimizer = Literal["adamw", "sgd", "lamb", "lion", "nadamw", "adopt"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A recipe: the model, the data and the settings of training.
+    """Recipe: model, data and training.
 
     Attributes:
-        model: a `ModelConfig`, or its fields as plain values; or the name of a published model, alone or as `name`
-            with the fields to change. Plain values may leave out classes and channels, which are those of the data.
+        model: a `ModelConfig`, or its fields as plain values; or the name of a model, alone or as `name` with the
+            fields to change. By default plain values have the classes and channels of the data.
         data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a data set of the Hugging
             Face Hub; or a folder of images, of parquet files or of WebDataset shards.
-        exif_orientation: rotate photos as their EXIF orientation says, in prediction too.
-        init: weights to start from: a weights file (ours or the authors') or a published name such as
-            sret_t.dist_in1k, also with another depth, classes or image size. By default random.
+        exif_orientation: rotate photos by their EXIF orientation, in training and in prediction.
+        init: weights to start from: a weights file of sret or of the authors, or a published name such as
+            sret_t.dist_in1k. Their depth, classes, channels and image size may differ. By default random.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
-        optimizer: one of adamw, sgd, lamb, lion, nadamw and adopt, as timm names them.
-        learning_rate: the peak of the cosine schedule, for this batch size.
+        optimizer: an optimizer of timm.
+        learning_rate: the maximum, after warm-up. It is not scaled with the batch size.
         min_learning_rate: the end of the cosine schedule.
         warmup_epochs: epochs of linear warm-up; may be a fraction.
-        weight_decay: of weights with two or more dimensions.
+        weight_decay: for weights with two or more dimensions.
         layer_decay: learning rate of a layer, relative to the next layer. By default all layers have the same.
         freeze: parts of the model that are not trained, such as "stem" or "stages.0".
-        clip_grad: maximum norm of the gradient. By default it is not clipped.
-        augmentation: random changes of training images.
-        mixup: alpha of the Beta distribution with which pairs of images are mixed; 0 is off.
-        cutmix: alpha of CutMix, which pastes rectangles; 0 is off. With mixup too, each batch uses one at random.
-        label_smoothing: share of the target that is divided equally among all classes.
-        distillation: a teacher whose predictions replace the labels.
+        clip_grad: maximum norm of the gradient. By default the gradient is not clipped.
+        augmentation: augmentation of training images.
+        mixup: alpha of mixup, which mixes pairs of images; 0 is off.
+        cutmix: alpha of CutMix, which pastes rectangles; 0 is off. With both, each batch uses one of them at random.
+        label_smoothing: part of the target that is divided equally among all classes.
+        distillation: a teacher whose predictions replace the labels; its fields are teacher, teacher_weights and
+            temperature.
         soft_labels: a folder written by `sret soft-labels`, whose crops and predictions replace images and labels.
-        ema_decay: decay of an exponential moving average (EMA) of the weights, which is then evaluated and saved as the
-            best weights. By default there is none.
-        patience: stop after this many epochs without a better one. By default all epochs run.
+        ema_decay: decay of an exponential moving average (EMA) of the weights. The average is then evaluated and saved
+            as the best weights. By default there is none.
+        patience: early stopping: stop after this many epochs without a better validation accuracy. By default all
+            epochs run.
         seed: seed of all random numbers.
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """
@@ -70,7 +72,7 @@ class TrainConfig:
     init: Path | None = None
     epochs: PositiveInt = 60
     batch_size: PositiveInt = 64
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     learning_rate: PositiveFloat = 1e-3
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_epochs: NonNegativeFloat = 3
@@ -98,33 +100,29 @@ class TrainConfig:
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
         if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
-            raise InputError("model has neither stages nor the name of a published model, as in --model.name sret_t")
+            raise InputError("model has neither stages nor a name; give a name, such as --model.name sret_t")
         if isinstance(self.model, dict) and {"name", "stages"} <= self.model.keys():
-            raise InputError(
-                f"model has stages, and the name of a published model, {self.model['name']!r}; give one of them"
-            )
+            raise InputError(f"model has stages and also the name {self.model['name']!r}; give only one of them")
         self.model_config()
-        check_ranges(self)
+        check_fields(self)
         if self.min_learning_rate > self.learning_rate:
             raise InputError(
                 f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate, {self.learning_rate}"
             )
         self._check_targets()
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(
-                f"optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}, which resume exactly"
-            )
         if self.warmup_epochs >= self.epochs:
             warnings.warn(
-                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs: the learning rate never falls",
+                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs: the learning rate never decreases",
                 InputWarning,
                 stacklevel=3,
             )
 
     def _check_targets(self) -> None:
-        """Raises `InputError` for a setting that another one would override silently."""
+        """Raises `InputError` for a setting that would be ignored because of another one."""
         if self.is_mixing and self.batch_size % 2:
-            raise InputError(f"batch_size is {self.batch_size}; mixup and cutmix pair images, so it must be even")
+            raise InputError(
+                f"batch_size is {self.batch_size}; it must be even, because mixup and cutmix mix pairs of images"
+            )
         if self.distillation is not None and self.soft_labels is not None:
             raise InputError("distillation and soft_labels both replace the labels; give one of them")
         if (self.distillation or self.soft_labels) and self.label_smoothing:
@@ -133,8 +131,8 @@ class TrainConfig:
             )
         if self.soft_labels is not None and self.augmentation != Augmentation(geometry="none", flip=False):
             raise InputError(
-                "soft_labels have their own crops, and are valid only for these; set augmentation to "
-                "{geometry: none, flip: false} (mixup and cutmix may stay)"
+                "soft_labels have their own crops; set augmentation to {geometry: none, flip: false} (mixup and cutmix "
+                "may stay)"
             )
 
     @property
@@ -143,7 +141,7 @@ class TrainConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig:
-        """The model, for data with this number of classes and channels, unless the recipe sets them itself.
+        """The model's configuration. Classes and channels are those given, unless the recipe sets them.
 
         Raises `InputError` for an unknown name or field.
         """
@@ -162,18 +160,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a machine computes the steps of a recipe. The weights depend on it only by rounding.
+    """Runtime: how a machine computes the steps.
 
-    Exception: with `grad_accum_steps` above 1 the stem's BatchNorm takes its statistics over one part of a step, so the
-    weights depend on it unless the stem is frozen.
+    The trained weights depend on these settings only by rounding. One exception: with `grad_accum_steps` above 1 the
+    stem's BatchNorm computes its statistics over one part of a step at a time, unless the stem is frozen.
 
     Attributes:
         num_workers: processes that load images, for each process that trains.
-        grad_accum_steps: gradient accumulation: parts in which each process computes a step, to need less memory.
-        compile: compile one pass of each stage first, which takes a minute or two and a C++ compiler; steps then need
-            less time and memory.
+        grad_accum_steps: gradient accumulation: each process computes a step in this many parts, which needs less
+            memory.
+        compile: compile one pass of each stage first, which takes one or two minutes and needs a C++ compiler. Steps
+            then need less time and memory.
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP).
-        max_corrupt: number of unreadable images that may be skipped; the next image replaces each.
+        max_corrupt: number of unreadable images that may be skipped; each is replaced by the next image.
         save_every: also save the state after this many steps. By default it is saved after each epoch.
         trackers: names of accelerate's trackers that receive the metrics, such as "tensorboard".
     """
@@ -188,10 +187,10 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trackers", _tuple(self.trackers))
-        check_ranges(self)
+        check_fields(self)
         if self.compile and self.fsdp:
             raise InputError(
-                "compile and fsdp cannot be used together: FSDP gathers weights between passes; set one to false"
+                "compile and fsdp cannot be used together, since FSDP gathers weights between passes; set one to false"
             )
 
 
@@ -200,7 +199,7 @@ def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def resume_key(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe that must be equal to resume: all, except for memory policies with equal gradients."""
+    """The settings of a recipe that must be equal to resume: all, but `memory` only if it changes the gradients."""
     model = recipe["model"]
     if model.get("memory", "none") in EXACT:
         model = {**model, "memory": "exact"}

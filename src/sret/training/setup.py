@@ -188,7 +188,6 @@ def make_batches(
         accelerator.process_index,
         accelerator.num_processes,
         runtime.grad_accum_steps,
-        config.augmentation.repeats,
     )
     if (left := num_images - batches.steps * config.batch_size) > MAX_UNUSED_SHARE * num_images:
         text = f"an epoch is {batches.steps} step(s) of batch_size {config.batch_size} and leaves out {left} of "

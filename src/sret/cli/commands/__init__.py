@@ -7,7 +7,12 @@ from typing import Any
 
 ImageSize = int | tuple[int, int] | None  # pixels, or (height, width)
 
-CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, or a file of sret export"
+WEIGHTS = "a weights file, or a published name such as sret_t.dist_in1k"
+CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, or a file written by sret export"
+IMAGES = "image files, folders, or patterns such as 'photos/**/*.jpg'"
+NUM_WORKERS = "processes that load images"
+MAX_CORRUPT = "number of unreadable images that may be skipped"
+IMG_SIZE = "pixels, or [height,width]; by default the model's"
 
 
 def both_sides(size: Any) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""`sret convert`: converts the authors' checkpoints into safetensors, and back."""
+"""`sret convert`: converts the authors' checkpoints to safetensors, and back."""
 
 from pathlib import Path
 
@@ -11,12 +11,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         "source",
         type=str,
         metavar="IN",
-        help="a checkpoint of the authors or of ours, or a published name such as sret_t.dist_in1k",
+        help="a weights file of the authors or of sret, or a published name such as sret_t.dist_in1k",
     )
     parser.add_argument(
         "target", type=Path, metavar="OUT", help="FILE.safetensors, or FILE.pth for the authors' format"
     )
-    parser.add_argument("--variant", type=str | None, help="which model IN is, if its file name does not say so")
+    parser.add_argument(
+        "--variant", type=str | None, help="the model of IN, such as sret_t_unsliced, if the file name does not say it"
+    )
 
 
 def run(arguments: Namespace) -> int:

@@ -8,28 +8,28 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT
+from sret.cli.commands import CHECKPOINT, MAX_CORRUPT, NUM_WORKERS
 from sret.ranges import NonNegativeInt, PositiveInt, Workers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
-    parser.add_argument("--data", type=str | None, help="as in sret train; by default the data it was trained on")
+    parser.add_argument("--data", type=str | None, help="as in sret train; by default the data of the training")
     parser.add_argument(
         "--split",
         type=Literal["train", "val", "test", "all"] | None,
-        help="by default test; all for a folder without splits that it was not trained on",
+        help="by default test; for a folder that has no splits and was not used for training, all",
     )
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=64, help="images per batch; does not change the result"
     )
-    parser.add_argument("--num_workers", type=Workers, default=0, help="processes that load images")
+    parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
+    parser.add_argument("--max_corrupt", type=NonNegativeInt, default=0, help=MAX_CORRUPT)
     parser.add_argument(
-        "--max_corrupt", type=NonNegativeInt, default=0, help="number of unreadable images that may be skipped"
-    )
-    parser.add_argument(
-        "--report", type=Path | None, help="write a page, NAME.html or NAME.png: classes, confusions, worst mistakes"
+        "--report",
+        type=Path | None,
+        help="also write a report, NAME.html or NAME.png: accuracy per class, confusions, calibration, worst mistakes",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 

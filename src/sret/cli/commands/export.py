@@ -1,30 +1,32 @@
-"""`sret export`: writes a model as a file for ONNX Runtime or OpenVINO."""
+"""`sret export`: exports a model to ONNX Runtime or OpenVINO."""
 
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import ImageSize
+from sret.cli.commands import IMG_SIZE, WEIGHTS, ImageSize
 from sret.ranges import PositiveInt
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "model", type=str, metavar="MODEL", help="a weights file, or a published name such as sret_t.dist_in1k"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="FILE.onnx for ONNX Runtime, FILE.xml for OpenVINO")
+    parser.add_argument("model", type=str, metavar="MODEL", help=WEIGHTS)
+    parser.add_argument("out", type=Path, metavar="OUT", help="NAME.onnx for ONNX Runtime, NAME.xml for OpenVINO")
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "bfloat16", "int8"],
         default="float32",
         help="bfloat16 is only for OpenVINO; int8 needs --data",
     )
-    parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]; by default the model's")
-    parser.add_argument("--data", type=str | None, help="images to compare on, as in sret train")
+    parser.add_argument("--img_size", type=ImageSize, help=IMG_SIZE)
     parser.add_argument(
-        "--samples", type=PositiveInt, default=300, help="number of images to compare on, and to calibrate int8 on"
+        "--data",
+        type=str | None,
+        help="data set for comparing the outputs, and for int8, as in sret train; by default random images",
+    )
+    parser.add_argument(
+        "--samples", type=PositiveInt, default=300, help="number of images to compare, and to calibrate int8"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from sret.cli.commands import IMAGES, NUM_WORKERS, WEIGHTS
 from sret.errors import InputError, printable
 from sret.ranges import PositiveInt, Workers
 
@@ -17,20 +18,18 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
+    parser.add_argument("images", type=str, nargs="*", metavar="IMAGE", help=IMAGES)
+    parser.add_argument("--data", type=str | None, help="a labelled data set, as in sret train, instead of IMAGE")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=WEIGHTS)
     parser.add_argument(
-        "images", type=str, nargs="*", metavar="IMAGE", help="files, folders, or patterns such as 'photos/**/*.jpg'"
+        "--out", type=Path, required=True, help="the table to write: NAME.parquet, NAME.csv or NAME.jsonl"
     )
-    parser.add_argument("--data", type=str | None, help="a data set with classes, as in sret train, instead of IMAGE")
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a weights file, or a published name such as sret_t.dist_in1k"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the table: NAME.parquet, NAME.csv or NAME.jsonl")
     parser.add_argument(
         "--knn", type=PositiveInt | None, help="print the accuracy of k-NN with this number of neighbours"
     )
     parser.add_argument("--linear_probe", action="store_true", help="print the accuracy of a logistic regression")
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="images per batch")
-    parser.add_argument("--num_workers", type=Workers, default=0, help="processes that load images")
+    parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
 
 
 def run(arguments: Namespace) -> int:

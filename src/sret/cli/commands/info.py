@@ -1,16 +1,19 @@
-"""`sret info`: shows the published models side by side, or one model in detail."""
+"""`sret info`: lists the published models, or shows one model in detail."""
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import ImageSize, both_sides
+from sret.cli.commands import IMG_SIZE, ImageSize, both_sides
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument(
-        "model", nargs="?", type=str | None, help="a model such as sret_t, a weights file, or a file of sret export"
+        "model",
+        nargs="?",
+        type=str | None,
+        help="a model such as sret_t, a weights file, or a file written by sret export",
     )
-    parser.add_argument("--img_size", type=ImageSize, help="pixels, or [height,width]")
+    parser.add_argument("--img_size", type=ImageSize, help=IMG_SIZE)
 
 
 def run(arguments: Namespace) -> int:

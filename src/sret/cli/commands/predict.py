@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT
+from sret.cli.commands import CHECKPOINT, IMAGES, NUM_WORKERS
 from sret.errors import printable
 from sret.ranges import ClosedUnitInterval, PositiveInt, Workers
 
@@ -23,20 +23,22 @@ UNSURE = "unsure"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "images", type=str, nargs="+", metavar="IMAGE", help="files, folders, or patterns such as 'photos/**/*.jpg'"
-    )
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help=IMAGES)
     parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
-    parser.add_argument("--top_k", type=PositiveInt, default=3, help="classes per image")
+    parser.add_argument(
+        "--top_k", type=PositiveInt, default=3, help="number of classes to show for each image, the most probable first"
+    )
     parser.add_argument(
         "--min_confidence",
         type=ClosedUnitInterval,
         default=0.0,
         help=f"print {UNSURE!r} for images whose most probable class has a lower probability",
     )
-    parser.add_argument("--out", type=Path | None, help="write a table instead: NAME.csv, NAME.jsonl or NAME.parquet")
+    parser.add_argument(
+        "--out", type=Path | None, help="write a table instead of printing: NAME.csv, NAME.jsonl or NAME.parquet"
+    )
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="images per batch")
-    parser.add_argument("--num_workers", type=Workers, default=0, help="processes that load images")
+    parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of text")
 
 

@@ -5,29 +5,35 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from sret.cli.commands import MAX_CORRUPT, NUM_WORKERS
 from sret.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, Workers
 from sret.training.distillation.config import Distillation
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--data", type=str, required=True, help="as in sret train; the training images get labels")
     parser.add_argument(
-        "--teacher", type=str, required=True, help="a weights file or published name of sret, or a timm model"
+        "--data", type=str, required=True, help="as in sret train; soft labels are written for the training images"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=str,
+        required=True,
+        help="a weights file, a published name such as sret_t.dist_in1k, or a timm model",
     )
     parser.add_argument(
         "--teacher_weights", type=Path | None, help="a file to use instead of timm's pretrained weights"
     )
-    parser.add_argument("--temperature", type=PositiveFloat, default=1.0, help="divides the teacher's logits")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the labels")
-    parser.add_argument("--crops", type=PositiveInt, default=4, help="crops per image")
-    parser.add_argument("--top_k", type=PositiveInt, default=10, help="classes stored per prediction")
-    parser.add_argument("--min_scale", type=Share, default=0.08, help="smallest share of the image's area in a crop")
-    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="crops per batch of the teacher")
-    parser.add_argument("--num_workers", type=Workers, default=0, help="processes that load images")
+    parser.add_argument("--temperature", type=PositiveFloat, default=1.0, help="the teacher's logits are divided by it")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write the soft labels to")
+    parser.add_argument("--crops", type=PositiveInt, default=4, help="random crops per image")
     parser.add_argument(
-        "--max_corrupt", type=NonNegativeInt, default=0, help="number of unreadable images that may be skipped"
+        "--top_k", type=PositiveInt, default=10, help="number of classes stored per crop, the most probable ones"
     )
+    parser.add_argument("--min_scale", type=Share, default=0.08, help="smallest part of the image's area in a crop")
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="crops per batch")
+    parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
+    parser.add_argument("--max_corrupt", type=NonNegativeInt, default=0, help=MAX_CORRUPT)
 
 
 def run(arguments: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`sret train`: trains a model by a recipe."""
+"""`sret train`: trains a model with a recipe."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -22,23 +22,29 @@ NESTED_OPTIONS = [
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override its fields")
+    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override its settings")
+    for action in parser._actions:  # jsonargparse adds this option with --config
+        if "--print_config" in action.option_strings:
+            action.help, action.metavar = "print the recipe with all settings and exit", ""
     # A plain mapping, checked by TrainConfig, whose error messages are better than the parser's.
     parser.add_argument(
         "--model",
         type=dict[str, Any] | str | None,
-        help="a named model such as sret_t, whose fields --model.FIELD changes; or all fields of a ModelConfig",
+        help="a published model such as sret_t; --model.FIELD changes one of its settings: "
+        f"{', '.join(field.name for field in fields(ModelConfig))} (required, here or in the recipe)",
     )
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the run")
+    parser.add_class_arguments(TrainConfig, skip={"model"})
     parser.add_argument(
-        "--resume", type=Literal["auto"] | None, help="auto: continue the run in --out, if there is one"
+        "--out", type=Path, required=True, help="the folder of the run, for weights, metrics and report"
     )
-    parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many optimizer steps in total")
     parser.add_argument(
-        "--dry_run", action="store_true", help="check data, model, speed, memory and disk space; leave no files"
+        "--resume", type=Literal["auto"] | None, help="continue the run in --out; without a run there, start one"
     )
-    parser.add_class_arguments(RuntimeConfig, as_group=False)
+    parser.add_argument("--max_steps", type=PositiveInt | None, help="stop after this many steps in total")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check data, model, speed, memory and disk space, and leave no files"
+    )
+    parser.add_class_arguments(RuntimeConfig)
 
 
 def run(arguments: Namespace) -> int:

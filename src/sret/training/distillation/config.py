@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sret.ranges import PositiveFloat, check_ranges
+from sret.ranges import PositiveFloat, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,4 +21,4 @@ class Distillation:
     temperature: PositiveFloat = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "distillation.")
+        check_fields(self, "distillation.")
