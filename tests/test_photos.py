@@ -5,7 +5,9 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sret import InputError, ModelConfig, StageConfig
 from sret.checkpoints.card import load_weights
@@ -158,6 +160,30 @@ def test_files_that_are_passed_over_are_counted_by_kind_with_a_cure(tmp_path):
     assert "1 .mp4" in text
     assert "1 broken link" in text
     assert "notes" not in text
+
+
+def test_unequal_classes_are_told_and_can_be_balanced(tmp_path, capsys):
+    make_class(tmp_path / "photos" / "common", *(f"{i}.png" for i in range(60)))
+    make_class(tmp_path / "photos" / "rare", *(f"{i}.png" for i in range(6)))
+    stages = "[{embed_dim: 16, num_heads: 1, num_blocks: 1, groups: [1], mlp_ratio: 2.0}]"
+    options = ["--model.img_size=16", f"--model.stages={stages}", "--epochs", "1", "--batch_size", "8"]
+    train_photos = ["train", "--data", str(tmp_path / "photos"), *options, "--max_steps", "1"]
+    assert main([*train_photos, "--out", str(tmp_path / "plain")]) == 0
+    plain = capsys.readouterr()
+    assert "; 4 (rare) to 41 (common) per class in train" in plain.out
+    assert "classes have 4 to 41 training images" in plain.err
+    assert main([*train_photos, "--class_balance", "1", "--out", str(tmp_path / "balanced")]) == 0
+    assert "classes have" not in capsys.readouterr().err
+    weights = [load_file(tmp_path / run / "last.safetensors")["head.weight"] for run in ("plain", "balanced")]
+    assert not torch.equal(*weights)
+
+
+def test_grey_images_among_colour_ones_are_told(tmp_path):
+    for name in ("cat", "dog"):
+        make_class(tmp_path / name, *(f"{i}.png" for i in range(5)))
+    Image.new("L", (12, 10)).save(tmp_path / "cat" / "grey.png")
+    with pytest.warns(InputWarning, match="1 of 11 inspected images are grey and the others in colour"):
+        assert load_data(str(tmp_path)).in_chans == 3
 
 
 def test_names_that_are_not_utf8_are_trained_on_and_evaluated(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sret import InputError
-from sret.data.sampler import EpochBatches, SampleIndex, part_of, seeded
+from sret.data.sampler import EpochBatches, SampleIndex, balanced_uses, part_of, seeded
 
 
 def images(batches: EpochBatches, epoch: int, first: int = 0) -> list[list[int]]:
@@ -41,6 +41,37 @@ def test_a_step_s_images_do_not_depend_on_who_computes_them(num_ranks, accumulat
 def test_one_part_is_the_batch_itself():
     batch = [SampleIndex(i, 0) for i in (5, 3, 9)]  # odd
     assert part_of(batch, 0, 1) == batch
+
+
+LABELS = [0] * 80 + [1] * 16 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("balance", "shares"), [(1.0, [1 / 3, 1 / 3, 1 / 3]), (0.5, [0.597, 0.267, 0.133]), (1e-9, [0.8, 0.16, 0.04])]
+)
+def test_classes_are_drawn_in_their_shares_and_images_of_a_class_equally(balance, shares):
+    uses = balanced_uses(LABELS, balance)
+    batches = EpochBatches(100, 20, 0, uses=uses)
+    counts = np.zeros(100)
+    for epoch in range(30):
+        batches.start_at(epoch)
+        drawn = [sample for batch in batches for sample in batch]
+        assert len(set(drawn)) == len(drawn) == 100  # a repeated image has another number, so another augmentation
+        found = np.bincount([sample.image for sample in drawn], minlength=100)
+        assert ((found == np.floor(uses)) | (found == np.ceil(uses))).all()
+        counts += found
+    by_class = [counts[np.asarray(LABELS) == label].sum() / 3000 for label in range(3)]
+    assert by_class == pytest.approx(shares, abs=0.01)
+    assert balanced_uses(LABELS, 0.0) is None
+
+
+def test_balanced_epochs_are_a_function_of_seed_epoch_and_step():
+    uses = balanced_uses(LABELS, 1.0)
+    whole = images(EpochBatches(100, 24, 0, uses=uses), 1)
+    assert images(EpochBatches(100, 24, 0, uses=uses), 1, first=2) == whole[2:]
+    assert images(EpochBatches(100, 24, 0, uses=uses), 2) != whole
+    parts = [images(EpochBatches(100, 24, 0, rank, 2, uses=uses), 1) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 
 def test_batches_that_cannot_be_are_refused():

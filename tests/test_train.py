@@ -139,6 +139,7 @@ OTHER_VALUES = {
 SHOWN_ELSEWHERE = {
     "data",
     "exif_orientation",  # test_photos.py
+    "class_balance",  # needs unequal classes: test_sampling.py
     "augmentation.auto_augment",  # needs colours: test_augment.py
     "distillation.teacher_weights",  # test_distill.py
     "ema_decay",

@@ -1,6 +1,7 @@
 """Labelled images: a data set, its classes and its splits."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,11 +13,12 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import ConcatDataset, Subset
 
 from sret.data.preprocess import ImageSource, Preprocessing, header
-from sret.errors import InputError, first_few
+from sret.errors import InputError, InputWarning, first_few
 
 SPLITS = ("train", "val", "test")
 TEST_SHARE = 0.2  # of all images
 VAL_SHARE = 0.15  # of what the test split leaves
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # of Pillow
 NUM_INSPECTED = 64  # images from which channels and crop are inferred
 
 
@@ -95,7 +97,11 @@ class ImageData:
         images = next(iter(given.values())).images
         inspected = [images[i] for i in np.linspace(0, len(images) - 1, min(NUM_INSPECTED, len(images))).astype(int)]
         headers = [found for found in map(header, inspected) if found is not None]
-        is_grey = bool(headers) and all(mode in ("1", "L", "I", "I;16") for mode, _ in headers)
+        num_grey = sum(mode in GREY_MODES for mode, _ in headers)
+        is_grey = 0 < num_grey == len(headers)
+        if 0 < num_grey < len(headers):
+            text = f"{name}: {num_grey} of {len(headers)} inspected images are grey and the others in colour; "
+            warnings.warn(f"{text}all are read in colour, with 3 channels", InputWarning, stacklevel=3)
         sizes = {size for _, size in headers}
         is_uniform = len(sizes) == 1 and all(width == height for width, height in sizes)
         stats = {"mean": (0.5,), "std": (0.5,)} if is_grey else {}

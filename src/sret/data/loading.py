@@ -79,7 +79,7 @@ class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
         """
         source = self.samples.images[index]
         image = self.preprocessing.load(source)
-        with seeded((self.seed, sample.epoch, index)), error_prefix(name_of(source)):
+        with seeded((self.seed, sample.epoch, index, sample.use)), error_prefix(name_of(source)):
             return self.transform(image), self.samples.labels[index]
 
     def blank(self) -> tuple[Tensor, Any]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from sret.errors import InputError
@@ -20,6 +21,7 @@ class SampleIndex(NamedTuple):
 
     image: int
     epoch: int
+    use: int = 0  # number of the use in the epoch; above 0 only if classes are balanced
 
 
 class EpochBatches(Sampler[list[SampleIndex]]):
@@ -34,6 +36,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
     Args:
         rank, num_ranks: of this process.
         accumulation: parts that one process computes a step in, one after the other.
+        uses: how often each image is used in an epoch, on average, see `balanced_uses`; by default once.
 
     Raises `InputError` if there are fewer images than a batch needs, or a batch cannot be shared evenly.
     """
@@ -46,6 +49,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
         rank: int = 0,
         num_ranks: int = 1,
         accumulation: int = 1,
+        uses: NDArray[np.float64] | None = None,
     ) -> None:
         num_parts = num_ranks * accumulation
         if batch_size > num_samples:
@@ -59,7 +63,7 @@ class EpochBatches(Sampler[list[SampleIndex]]):
                 f"it must be a multiple of {2 * num_parts}"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.num_ranks, self.accumulation = rank, num_ranks, accumulation
+        self.rank, self.num_ranks, self.accumulation, self.uses = rank, num_ranks, accumulation, uses
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, first: int = 0) -> None:
@@ -72,13 +76,40 @@ class EpochBatches(Sampler[list[SampleIndex]]):
         return self.num_samples // self.batch_size
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        order = np.random.Generator(np.random.PCG64((self.seed, self.epoch))).permutation(self.num_samples)
+        order, uses = self._order()
         num_parts = self.num_ranks * self.accumulation
         for step in range(self.first, self.steps):
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            batch = [SampleIndex(int(order[place]), self.epoch) for place in places]
+            batch = [SampleIndex(int(order[place]), self.epoch, int(uses[place])) for place in places]
             for k in range(self.accumulation):
                 yield part_of(batch, k * self.num_ranks + self.rank, num_parts)
+
+    def _order(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The images of the epoch in their order, and how often each was used before."""
+        generator = np.random.Generator(np.random.PCG64((self.seed, self.epoch)))
+        order = generator.permutation(self.num_samples)
+        if self.uses is None:
+            return order, np.zeros_like(order)
+        # Systematic sampling: an image used u times on average is used floor(u) or ceil(u) times.
+        ends = np.cumsum(self.uses[order])
+        places = (np.arange(self.num_samples) + generator.random()) * (ends[-1] / self.num_samples)
+        found = np.searchsorted(ends, places, side="right").clip(max=self.num_samples - 1)  # rounding may pass the end
+        drawn = order[found]  # uses of one image are neighbours
+        firsts = np.maximum.accumulate(np.where(np.diff(drawn, prepend=-1) != 0, np.arange(len(drawn)), 0))
+        mixed = generator.permutation(self.num_samples)
+        return drawn[mixed], (np.arange(len(drawn)) - firsts)[mixed]
+
+
+def balanced_uses(labels: Sequence[int], balance: float) -> NDArray[np.float64] | None:
+    """(N,) how often each image is used in an epoch, so that classes with n images have shares of n^(1 - balance).
+
+    None if `balance` is 0: every image is used once.
+    """
+    if not balance:
+        return None
+    _, places, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    weights = (counts**-balance)[places]
+    return weights * (len(weights) / weights.sum())
 
 
 def part_of(batch: Sequence[SampleIndex], part: int, num_parts: int) -> list[SampleIndex]:

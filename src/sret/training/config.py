@@ -14,6 +14,7 @@ from sret.models.config import ModelConfig
 from sret.models.variants import config_of
 from sret.ranges import (
     BelowOne,
+    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     OpenUnitInterval,
@@ -51,6 +52,8 @@ class TrainConfig:
         layer_decay: learning rate of a layer, relative to the next layer. By default all layers have the same.
         freeze: parts of the model that are not trained, such as "stem" or "stages.0".
         clip_grad: maximum norm of the gradient. By default the gradient is not clipped.
+        class_balance: 0 uses every image once per epoch; 1 draws all classes equally often, so that images of small
+            classes are repeated. b in between draws a class of n images in proportion to n^(1 - b).
         augmentation: augmentation of training images.
         mixup: alpha of mixup, which mixes pairs of images; 0 is off.
         cutmix: alpha of CutMix, which pastes rectangles; 0 is off. With both, each batch uses one of them at random.
@@ -80,6 +83,7 @@ class TrainConfig:
     layer_decay: OpenUnitInterval | None = None
     freeze: tuple[str, ...] | str = ()
     clip_grad: PositiveFloat | None = None
+    class_balance: ClosedUnitInterval = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0

@@ -147,7 +147,14 @@ def describe(console: Console, model: SReT, data: ImageData) -> None:
     passes = " + ".join(f"{stage.num_blocks} x {stage.num_passes}" for stage in model.config.stages)
     sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in data.splits.items())
     height, width = model.config.input_size
-    console.print(f"Data    {data.name}: {len(data.class_names)} classes; images: {sizes}", soft_wrap=True)
+    labels, counts = np.unique(np.asarray(data.split("train").labels), return_counts=True)
+    least, most = (f"{counts[i]:,} ({data.class_names[labels[i]]})" for i in (counts.argmin(), counts.argmax()))
+    per_class = f"{least} to {most}" if counts.min() < counts.max() else f"{counts.min():,}"
+    console.print(
+        f"Data    {data.name}: {len(data.class_names)} classes; images: {sizes}; {per_class} per class in train",
+        soft_wrap=True,
+        markup=False,
+    )
     console.print(
         f"Model   {cost.parameters:,} parameters; {model.config.depth} layers (blocks x passes: {passes}); "
         f"{cost.flops / 1e6:,.1f} MFLOPs ({cost.macs / 1e6:,.1f} M multiply-adds) for a {height}x{width} image",

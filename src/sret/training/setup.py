@@ -1,10 +1,12 @@
 """Creates the objects of a training run before its first step: data, model, optimizer, teacher."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,7 +22,7 @@ from sret.checkpoints.adapt import transfer_file
 from sret.data.dataset import ImageData
 from sret.data.loading import ImageDataset, TrainDataset
 from sret.data.preprocess import Preprocessing
-from sret.data.sampler import EpochBatches
+from sret.data.sampler import EpochBatches, balanced_uses
 from sret.data.sources import load_data
 from sret.data.workers import worker_options
 from sret.errors import InputError, InputWarning
@@ -35,6 +37,7 @@ from sret.training.optim import freeze, make_ema, make_optimizer, make_schedule
 from sret.training.signals import leave_process_group
 from sret.version import versions
 
+MAX_IMBALANCE = 5  # images of the largest class over those of the smallest; more cause a warning
 MAX_UNUSED_SHARE = 0.2  # of the images, in an epoch; more cause a warning
 
 
@@ -122,7 +125,7 @@ def prepare(
     found = find_common_state(config, out, data, sources, may_resume=resume == "auto")
     train_set = training_set(config, data, preprocessing, runtime.max_corrupt)
     val_set = ImageDataset(data.split("val"), preprocessing)
-    batches = make_batches(len(train_set), config, runtime, accelerator)
+    batches = make_batches(train_set.samples.labels, config, runtime, accelerator)
     train_loader, val_loader = make_loaders(train_set, val_set, batches, runtime, accelerator)
     model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
     ema = make_ema(model, config.ema_decay, runtime.fsdp) if config.ema_decay is not None else None
@@ -178,9 +181,13 @@ def find_common_state(
 
 
 def make_batches(
-    num_images: int, config: TrainConfig, runtime: RuntimeConfig, accelerator: Accelerator
+    labels: Sequence[int], config: TrainConfig, runtime: RuntimeConfig, accelerator: Accelerator
 ) -> EpochBatches:
-    """The batches of this process in an epoch. Warns if an epoch leaves out many of the images."""
+    """The batches of this process in an epoch.
+
+    Warns if an epoch leaves out many of the images, and if classes are very unequal and not balanced.
+    """
+    num_images = len(labels)
     batches = EpochBatches(
         num_images,
         config.batch_size,
@@ -188,11 +195,17 @@ def make_batches(
         accelerator.process_index,
         accelerator.num_processes,
         runtime.grad_accum_steps,
+        balanced_uses(labels, config.class_balance),
     )
     if (left := num_images - batches.steps * config.batch_size) > MAX_UNUSED_SHARE * num_images:
         text = f"an epoch is {batches.steps} step(s) of batch_size {config.batch_size} and leaves out {left} of "
         text += f"{num_images} images, others in each epoch; a smaller batch_size leaves out fewer"
         warnings.warn(text, InputWarning, stacklevel=4)  # at the call of `train`
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    if counts.max() > MAX_IMBALANCE * counts.min() and not config.class_balance:
+        text = f"classes have {counts.min():,} to {counts.max():,} training images, so the largest ones decide most of "
+        text += "the loss; --class_balance 1 (or 0.5, for a part of it) draws images of small classes more often"
+        warnings.warn(text, InputWarning, stacklevel=4)
     return batches
 
 

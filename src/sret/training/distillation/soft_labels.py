@@ -100,7 +100,7 @@ def crop_image(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing:
 class SoftLabelDataset(TrainDataset):
     """Images cropped as for the teacher, with its predictions: (image, (K,) probabilities, errors).
 
-    Epoch e takes crop number e mod R of each image.
+    Epoch e takes crop number e mod R of each image, and the next ones for further uses of an image in the epoch.
 
     Raises `InputError` for labels of other data, and for shards that are missing or damaged.
     """
@@ -125,7 +125,7 @@ class SoftLabelDataset(TrainDataset):
 
     def fetch(self, index: int, sample: SampleIndex) -> tuple[Tensor, Tensor]:
         image = self.preprocessing.load(self.samples.images[index])
-        crop, is_mirrored, target = self.label(index, sample.epoch % self.manifest.crops)
+        crop, is_mirrored, target = self.label(index, (sample.epoch + sample.use) % self.manifest.crops)
         if not crop[2]:
             raise InputError(f"{self.folder}: image {index} could not be read when its labels were made")
         return crop_image(image, crop, is_mirrored, self.preprocessing), target
