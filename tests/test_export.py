@@ -323,7 +323,7 @@ def test_openvino_that_cannot_write_is_one_line(exports, tmp_path, monkeypatch, 
     monkeypatch.setattr(openvino, "save_model", fail)
     code, _, err = sret("export", exports[".safetensors"], tmp_path / "m.xml")
     assert code == 2
-    assert "OpenVINO could not write it (Cannot open the file)" in one_line(err)
+    assert "OpenVINO could not write the file (Cannot open the file)" in one_line(err)
     assert listing(tmp_path) == []
 
 
@@ -332,7 +332,7 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (tmp_path / existing).write_text("mine")
         code, _, err = sret("export", exports[".safetensors"], tmp_path / f"m{suffix}")
         assert code == 2
-        assert f"{existing} exists already; remove it, or name another file" in one_line(err)
+        assert f"{existing} already exists; delete it, or choose another name" in one_line(err)
         assert (tmp_path / existing).read_text() == "mine"
         (tmp_path / existing).unlink()
 
@@ -342,9 +342,9 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
     [
         (["M", "m.pt"], "m.pt: OUT ends in .onnx (for ONNX Runtime) or .xml (for OpenVINO)"),
         (["M", "m"], "m: OUT ends in .onnx"),
-        (["M", "m.onnx", "--dtype", "bfloat16"], "name an OUT.xml for OpenVINO"),
+        (["M", "m.onnx", "--dtype", "bfloat16"], "give OUT.xml for OpenVINO"),
         (["M", "m.onnx", "--dtype", "float16"], "dtype"),
-        (["M", "m.onnx", "--dtype", "int8"], "int8 is calibrated on real images; name some with --data"),
+        (["M", "m.onnx", "--dtype", "int8"], "int8 needs real images for its calibration; give --data"),
         (["M", "m.onnx", "--data", "digits"], "digits has other classes than the checkpoint"),
         (["M", "m.onnx", "--data", "pets"], "the checkpoint has 10 classes, pets has 2"),
         (["M", "m.onnx", "--data", "nowhere"], "no data 'nowhere'"),
@@ -409,10 +409,10 @@ def test_files_that_are_not_ours_are_refused(suffix, exports, tmp_path, sret):  
     spoilt = whole.replace(b'\\"config\\"', b'\\"konfig\\"').replace(b"&quot;config&quot;", b"&quot;konfig&quot;")
     spoilt = spoilt.replace(b'{"config":', b'{"konfig":')
     cases = [
-        (whole[: len(whole) // 2], "truncated|not a model"),
-        (b"", "not a model"),
-        (b"hello", "not a model"),
-        (b"<html></html>", "not a model"),
+        (whole[: len(whole) // 2], "truncated|not an OpenVINO model"),
+        (b"", "truncated|not an OpenVINO model"),
+        (b"hello", "cannot load it|not an OpenVINO model"),
+        (b"<html></html>", "cannot load it|not an OpenVINO model"),
         (foreign, "without the metadata that `sret export` writes"),
         (spoilt, "its metadata cannot be read by this version of sret"),
     ]
@@ -429,7 +429,7 @@ def test_files_that_are_not_ours_are_refused(suffix, exports, tmp_path, sret):  
     (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(InputError, match="a folder, not a file"):
         load_exported(tmp_path / f"folder{suffix}")
-    with pytest.raises(InputError, match=r"an exported model ends in .onnx or .xml"):
+    with pytest.raises(InputError, match=r"exported model ends in .onnx or .xml"):
         load_exported(exports[".safetensors"])
     with pytest.raises(InputError, match="use the weights it was exported from"):
         load_weights(exports[suffix])
@@ -438,11 +438,11 @@ def test_files_that_are_not_ours_are_refused(suffix, exports, tmp_path, sret):  
 def test_an_xml_answers_with_its_own_weights_alone(exports, tmp_path):
     path, weights = tmp_path / "m.xml", exports[".xml"].with_suffix(".bin").read_bytes()
     path.write_bytes(exports[".xml"].read_bytes())
-    with pytest.raises(InputError, match=r"m.bin: no such file; the weights of m.xml belong beside it"):
+    with pytest.raises(InputError, match=r"m.bin: no such file; m.xml needs its weights in this file"):
         load_exported(path)
     for content in (weights[:-100], weights[:1000] + b"\1\2\3\4" + weights[1004:]):
         path.with_suffix(".bin").write_bytes(content)
-        with pytest.raises(InputError, match=r"not the weights that m.xml was written with|truncated"):
+        with pytest.raises(InputError, match=r"not the weights of m.xml|truncated"):
             load_exported(path)
     path.with_suffix(".bin").write_bytes(weights)
     load_exported(path)
@@ -483,7 +483,7 @@ def test_what_is_no_xml_of_openvino_is_not_shown_to_it(tmp_path, capfd):
     for content in (b"hello", b"<html></html>"):
         (tmp_path / "m.xml").write_bytes(content)
         (tmp_path / "m.bin").write_bytes(b"")
-        with pytest.raises(InputError, match="not a model of OpenVINO"):
+        with pytest.raises(InputError, match="not an OpenVINO model"):
             load_exported(tmp_path / "m.xml")
         assert capfd.readouterr() == ("", "")
 

@@ -1,6 +1,7 @@
-"""Exports models into files that run without PyTorch: ONNX for ONNX Runtime, OpenVINO's format for OpenVINO.
+"""Exports models to files for ONNX Runtime and OpenVINO, which run them without PyTorch.
 
-Both engines run one graph. A file is read back and its outputs are compared with the model's before it gets its name.
+Both engines run the same graph. Before a file gets its name, its engine loads it and its outputs are compared with
+those of the model.
 """
 
 import copy
@@ -22,7 +23,7 @@ from sret.errors import InputError
 from sret.export.onnx import to_onnx, write_onnx
 from sret.export.openvino import write_openvino
 from sret.export.quantize import quantized
-from sret.export.runtime import DTYPES, ENGINES, Stamp, load_exported
+from sret.export.runtime import DTYPES, ENGINES, ExportMetadata, load_exported
 from sret.export.verify import (
     FIRST_BATCHES,
     Batch,
@@ -31,22 +32,22 @@ from sret.export.verify import (
     check_parity,
     compare,
     random_batches,
-    some,
+    random_subset,
 )
 from sret.models.sret import SReT
 from sret.ranges import PositiveInt, check_number
 from sret.version import __version__
 
-MAX_WEIGHT_BYTES = 2**31 - 2**24  # of weights, in an ONNX file; the rest is for the graph
+MAX_WEIGHT_BYTES = 2**31 - 2**24  # ONNX files have at most 2 GiB; the rest is for the graph
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written; as text, the lines that a user sees.
+    """The result of an export; `str` gives the lines that a user sees.
 
     Attributes:
-        size: bytes, of both files for OpenVINO.
-        images: what kind of images the comparison is over.
+        size: bytes, for OpenVINO of both files.
+        images: the kind of images in the comparison.
     """
 
     path: Path
@@ -83,7 +84,7 @@ def export(
     samples: int = 300,
     batch_size: int = 16,
 ) -> Export:
-    """`export_model` for what `resolve` takes: a weights file, ours or the authors', or a published name."""
+    """`export_model` for what `resolve` takes: a weights file of sret or of the authors, or a published name."""
     _check(out, dtype, data)
     model, card = resolve(source)
     return export_model(model, card, out, dtype, img_size, data, samples, batch_size)
@@ -99,25 +100,26 @@ def export_model(
     samples: int = 300,
     batch_size: int = 16,
 ) -> Export:
-    """Writes a model for another engine, once its outputs from there agree with the model's.
+    """Writes a model as a file for another engine, if its outputs there agree with the model's.
 
     Args:
-        card: goes into the file, which is then enough to predict with.
-        out: a new file: `.onnx` for ONNX Runtime, or `.xml` (with a `.bin` beside it) for OpenVINO.
-        dtype: "float32"; "bfloat16", for OpenVINO; "int8", for which `data` is needed.
+        card: stored in the file, which is then sufficient for prediction.
+        out: a new file: `.onnx` for ONNX Runtime, or `.xml` (with a `.bin` file beside it) for OpenVINO.
+        dtype: "float32"; "bfloat16", only for OpenVINO; "int8", which needs `data`.
         img_size: pixels, one number or (height, width): the only size that the file takes. By default the card's.
-        data: images to compare on, as `load_data` takes them; without it random ones, which say nothing of accuracy.
-        samples: at most so many of the held-out ones (test, or else val); int8 is calibrated on as many for training.
-        batch_size: images at a time meanwhile; the file takes any number.
+        data: a data set for the comparison, as `load_data` takes it. By default random images, which give no accuracy.
+        samples: at most this many test images (or validation images) for the comparison, and training images for the
+            calibration of int8.
+        batch_size: images per batch in the comparison; the file takes batches of any size.
 
-    Raises `InputError` for a wrong option, and for outputs that `check_parity` refuses. Then nothing is left.
+    Raises `InputError` for a wrong option, and for outputs that `check_parity` refuses. Then no file is left.
     """
     _check(out, dtype, data)
     check_number("samples", samples, PositiveInt)
     check_number("batch_size", batch_size, PositiveInt)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     if sum(tensor.nbytes for tensor in model.state_dict().values()) > MAX_WEIGHT_BYTES:
-        raise InputError(f"{out}: weights of more than 2 GiB do not fit into an ONNX file; take a smaller model")
+        raise InputError(f"{out}: the weights have more than 2 GiB, the limit of an ONNX file; export a smaller model")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size or card.preprocessing.img_size
     card = replace(
         card,
@@ -125,14 +127,14 @@ def export_model(
         preprocessing=replace(card.preprocessing, img_size=size),
     )
     batches, calibration, images = _images(card, dtype, data, samples, batch_size)
-    with _aside(out) as folder:
+    with _temporary_folder(out) as folder:
         path = folder / out.name
         with _quiet():
             proto = to_onnx(model, card.config.input_size)
             if dtype == "int8":
                 proto = quantized(proto, calibration, folder)
-            stamp = Stamp(card.to_json(), dtype, __version__)
-            (write_onnx if out.suffix == ".onnx" else write_openvino)(proto, stamp, path)
+            metadata = ExportMetadata(card.to_json(), dtype, __version__)
+            (write_onnx if out.suffix == ".onnx" else write_openvino)(proto, metadata, path)
         comparison = compare(model, load_exported(path)[0], batches)
         check_parity(comparison, out, dtype)
         _publish(folder, out)
@@ -143,23 +145,25 @@ def export_model(
 def _images(
     card: Card, dtype: str, data: str | None, samples: int, batch_size: int
 ) -> tuple[Iterator[Batch], Iterator[Batch], str]:
-    """Batches to compare on, batches to calibrate on, and what to call the first."""
+    """Batches for the comparison, batches for the calibration, and a description of the former."""
     if data is None:
         return random_batches(card), iter(()), "random images"
     found = load_data(data)
     card.check_classes(found.name, found.class_names)
     split = "test" if "test" in found.splits else "val"
-    batches = batches_of(some(found.split(split), samples), card, chain(FIRST_BATCHES, repeat(batch_size)))
+    batches = batches_of(random_subset(found.split(split), samples), card, chain(FIRST_BATCHES, repeat(batch_size)))
     calibration: Iterator[Batch] = iter(())
     if dtype == "int8":
-        calibration = batches_of(some(found.split("train"), samples), card, repeat(batch_size))
+        calibration = batches_of(random_subset(found.split("train"), samples), card, repeat(batch_size))
     return batches, calibration, f"images of {found.name}, {split}"
 
 
 @contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that goes away, whatever happens."""
-    folder = out.with_name(f".{out.name}.tmp")  # one name, so that what a killed process left is cleared
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which is deleted afterwards, also after an error."""
+    folder = out.with_name(
+        f".{out.name}.tmp"
+    )  # always the same name, so that the next export deletes what a killed process left
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -170,7 +174,7 @@ def _aside(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters log what is of no use to a user."""
+    """Disables the log messages of the exporters, which do not help a user."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -180,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Gives what was written its name: all files, or none."""
+    """Renames the temporary files to their names: all of them, or none."""
     published: list[Path] = []
     try:
         for path in _files(out):
@@ -199,17 +203,15 @@ def _files(out: Path) -> list[Path]:
 
 
 def _check(out: Path, dtype: str, data: str | None) -> None:
-    """Raises `InputError` for what can be seen to be wrong before any work."""
+    """Raises `InputError` for wrong options, before any work."""
     if out.suffix not in ENGINES:
         raise InputError(f"{out}: OUT ends in .onnx (for ONNX Runtime) or .xml (for OpenVINO)")
     for file in _files(out):
         if file.exists():
-            raise InputError(f"{file} exists already; remove it, or name another file")
+            raise InputError(f"{file} already exists; delete it, or choose another name")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if dtype == "bfloat16" and out.suffix == ".onnx":
-        raise InputError(
-            f"{out}: ONNX Runtime has no bfloat16 on CPUs; name an OUT.xml for OpenVINO, or take another dtype"
-        )
+        raise InputError(f"{out}: ONNX Runtime has no bfloat16 on CPUs; give OUT.xml for OpenVINO, or another dtype")
     if dtype == "int8" and data is None:
-        raise InputError("int8 is calibrated on real images; name some with --data, best those of training")
+        raise InputError("int8 needs real images for its calibration; give --data, best the training data")

@@ -1,6 +1,6 @@
-"""Writes a model as ONNX, each weight once, for ONNX Runtime and as the first step for OpenVINO.
+"""Converts a model to ONNX, with each weight once, for ONNX Runtime and for OpenVINO.
 
-fuse -> torch.export -> ONNX -> constants computed once, equal subgraphs merged
+fuse -> torch.export -> ONNX -> constants folded, equal subgraphs merged
 """
 
 from dataclasses import asdict
@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from sret.export.runtime import NAMESPACE, Stamp
+from sret.export.runtime import NAMESPACE, ExportMetadata
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
 
 OPSET = 20  # the first with GELU
 NO_LIMIT = 2**62  # bytes
-# What our graphs have a use for of onnxscript's rules; its first versions lack the last.
+# The rules of onnxscript that simplify our graphs; its first versions lack the last one.
 REWRITES = ("mul_by_1_rule", "squeeze_reshape_1d_rule", "materialize_reshape_shape_rule")
 
 
 def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
     """The fused model as an `onnx.ModelProto`: "images" (batch, C, *img_size) -> "logits" (batch, num_classes)."""
     import onnx_ir
-    import onnxscript.optimizer  # noqa: F401 (if it is missing, that is said here, before torch says it in its words)
+    import onnxscript.optimizer  # noqa: F401 (if it is missing, this import names it; torch would raise another error)
 
     fused = fuse(model)
     images = torch.zeros(2, fused.in_chans, *img_size)
     with torch.no_grad():
-        fused(images)  # the permutations are known now, and become constants
+        fused(images)  # computes the permutations, which become constants
         program = torch.export.export(fused, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         onnx_program = torch.onnx.export(
             program,
@@ -45,10 +45,10 @@ def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
 
 
 def _simplify(graph: Any) -> None:
-    """What depends on weights alone is computed, once for all passes, in a time that grows with their number.
+    """Folds constants and merges equal subgraphs, so that what depends only on weights is computed once.
 
-    That of `onnxscript.optimizer.optimize`, which does the same, grows with its square: one of its rules, for slices
-    that make up a split, compares all pairs of nodes.
+    The time grows linearly with the number of passes. `onnxscript.optimizer.optimize` would do the same, but in
+    quadratic time: one of its rules compares all pairs of nodes.
     """
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
@@ -58,7 +58,7 @@ def _simplify(graph: Any) -> None:
     rewrite = rewriter.RewritePass(rewriter.RewriteRuleSet(known, commute=True))
     limits = {"input_size_limit": NO_LIMIT, "output_size_limit": NO_LIMIT}
     common.CommonSubexpressionEliminationPass()(graph)  # before weights are transposed, once for each pass
-    for _ in range(2):  # rules find more where constants are folded, and the other way round
+    for _ in range(2):  # folding constants lets rules match, and the other way round
         optimizer.fold_constants(graph, onnx_shape_inference=True, **limits)
         rewrite(graph)
         common.RemoveUnusedNodesPass()(graph)
@@ -69,8 +69,8 @@ def _simplify(graph: Any) -> None:
     common.ClearMetadataAndDocStringPass()(graph)
 
 
-def write_onnx(proto: Any, stamp: Stamp, path: Path) -> None:
-    """Writes the model with its stamp in the metadata."""
-    for name, text in asdict(stamp).items():
+def write_onnx(proto: Any, metadata: ExportMetadata, path: Path) -> None:
+    """Writes the model with its metadata."""
+    for name, text in asdict(metadata).items():
         proto.metadata_props.add(key=f"{NAMESPACE}.{name}", value=text)
     path.write_bytes(proto.SerializeToString())

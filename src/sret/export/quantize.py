@@ -1,9 +1,9 @@
 """Quantizes an ONNX model to int8, calibrated on images.
 
-int8 is for the products with weights, which are rounded per channel, their inputs per tensor; the rest stays in
-float32. With int8 convolutions too, the largest error on the digits was twice as large; int8 products inside attention
-only cost time. NNCF, OpenVINO's own calibration, also corrects biases, layer by layer; here, where passes share them,
-that made its errors five times as large as without.
+Products with weights are int8: weights are quantized per channel, their inputs per tensor. The rest stays in float32.
+With int8 convolutions the largest error on the digits was twice as large, and int8 products inside attention were
+slower. NNCF, OpenVINO's tool, also corrects biases layer by layer. Here passes share the biases, and its errors were
+five times as large with the correction as without.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from sret.export.verify import Batch
 
 
 def quantized(proto: Any, calibration: Iterator[Batch], folder: Path) -> Any:
-    """The model with int8 products, an `onnx.ModelProto`. `folder` takes a temporary file."""
+    """The model with int8 products, an `onnx.ModelProto`; a temporary file is written to `folder`."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
@@ -30,7 +30,7 @@ def quantized(proto: Any, calibration: Iterator[Batch], folder: Path) -> Any:
         quant_format=QuantFormat.QDQ,
         nodes_to_quantize=products,
         per_channel=True,
-        # Signed on both sides: with unsigned inputs, processors without VNNI add up in 16 bits, which overflow.
+        # Signed weights and inputs: with unsigned inputs, processors without VNNI sum in 16 bits, which overflow.
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
         calibration_providers=["CPUExecutionProvider"],
@@ -39,7 +39,7 @@ def quantized(proto: Any, calibration: Iterator[Batch], folder: Path) -> Any:
 
 
 class _Feed:
-    """Batches as ONNX Runtime's calibration asks for them."""
+    """Batches in the form that ONNX Runtime's calibration reads."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches

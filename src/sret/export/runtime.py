@@ -1,9 +1,9 @@
-"""A file that answers: what `sret export` wrote, called like a model.
+"""Loads files written by `sret export`, and runs them in their engine like a PyTorch model.
 
     model.onnx               ONNX Runtime
     model.xml, model.bin     OpenVINO
 
-Both say of themselves, under the names of `Stamp`, what a weights file says in its card.
+The metadata of both hold the fields of `ExportMetadata`, among them the card of a weights file.
 """
 
 import os
@@ -26,24 +26,24 @@ from sret.models.sret import SReT
 
 ENGINES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 DTYPES = ("float32", "bfloat16", "int8")
-NAMESPACE = "sret"  # before the names in a file's metadata
+NAMESPACE = "sret"  # prefix of our names in the metadata of a file
 
-# OpenVINO 2026.4 crashes where the garbage collector frees its objects in another order than it made them, so they stay
-# until the process ends (docs/log.md).
+# OpenVINO 2026.4 crashes if the garbage collector frees its objects in another order than they were created. Therefore
+# they are kept until the process ends (docs/log.md).
 _KEPT: list[tuple[Any, ...]] = []
 
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, C, H, W) -> (B, num_classes)
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """What a file says of itself, each under its name here: "sret.card" in ONNX, sret / card in OpenVINO.
+class ExportMetadata:
+    """Metadata of an exported file, each under its name: "sret.card" in ONNX, sret / card in OpenVINO.
 
     Attributes:
         card: a `Card` in JSON.
-        dtype: "float32"; "bfloat16", what OpenVINO is to compute in; or "int8", which matrix products are in.
-        version: of the sret that wrote it.
-        weights: SHA-256 of the .bin beside an .xml; empty in ONNX.
+        dtype: "float32"; "bfloat16", in which OpenVINO computes; or "int8", in which matrix products are computed.
+        version: the version of sret that wrote the file.
+        weights: SHA-256 of the .bin file beside an .xml file; empty in ONNX.
     """
 
     card: str
@@ -53,11 +53,11 @@ class Stamp:
 
 
 class Exported(nn.Module):
-    """A model inside an engine: logits for images of one size on the CPU, any number at a time, without gradients.
+    """An exported model in its engine: logits for batches of any number of images of one size, on the CPU.
 
     Attributes:
         engine: "ONNX Runtime" or "OpenVINO".
-        dtype: as `Stamp` has it.
+        dtype: as in `ExportMetadata`.
     """
 
     def __init__(self, run: Run, card: Card, engine: str, dtype: str) -> None:
@@ -72,7 +72,7 @@ class Exported(nn.Module):
         expected = (self.config.in_chans, *self.config.input_size)
         if tuple(x.shape[1:]) != expected or not len(x):
             wanted = ", ".join(map(str, expected))
-            raise InputError(f"images of shape {tuple(x.shape)}; this exported model takes (batch, {wanted})")
+            raise InputError(f"images have shape {tuple(x.shape)}; this exported model takes (batch, {wanted})")
         logits = self._run(x.detach().to("cpu", torch.float32).contiguous().numpy())
         return torch.from_numpy(logits).to(x.device)
 
@@ -86,75 +86,74 @@ def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> t
     """The model of an .onnx or .xml file that `sret export` wrote, and its card.
 
     Args:
-        threads: how many the engine takes; by default as many as PyTorch does.
+        threads: number of CPU threads; by default that of PyTorch.
 
-    Raises `InputError` for a file that is missing, truncated or not of `sret`.
+    Raises `InputError` for a file that is missing, truncated or was not written by `sret export`.
     """
     path = Path(path)
     if path.suffix not in ENGINES:
-        raise InputError(f"{path}: an exported model ends in {' or '.join(ENGINES)}")
+        raise InputError(f"{path}: the name of an exported model ends in {' or '.join(ENGINES)}")
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     load = _load_onnx if path.suffix == ".onnx" else _load_openvino
-    run, stamp = load(path, threads or torch.get_num_threads())
-    card = read_card(path, stamp.card)
-    return Exported(run, card, ENGINES[path.suffix], stamp.dtype), card
+    run, metadata = load(path, threads or torch.get_num_threads())
+    card = read_card(path, metadata.card)
+    return Exported(run, card, ENGINES[path.suffix], metadata.dtype), card
 
 
 def import_openvino() -> ModuleType:
-    """OpenVINO without its telemetry, which reports every import to its makers unless told otherwise."""
+    """Imports OpenVINO without its telemetry, which reports each import to its developers."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
     import openvino
 
     return openvino
 
 
-def _load_onnx(path: Path, threads: int) -> tuple[Run, Stamp]:
+def _load_onnx(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what is wrong is raised as well
+    options.log_severity_level = 4  # errors are raised anyway
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no class in common
-        raise InputError(f"{path}: not a model that ONNX Runtime can run, or a truncated one ({error})") from error
-    stamp = _stamp(path, session.get_modelmeta().custom_metadata_map)
+    except Exception as error:  # its errors have no common class
+        raise InputError(f"{path}: ONNX Runtime cannot load it; the file may be truncated ({error})") from error
+    metadata = _metadata_of(path, session.get_modelmeta().custom_metadata_map)
     name = session.get_inputs()[0].name
-    return lambda x: session.run(None, {name: x})[0], stamp
+    return lambda x: session.run(None, {name: x})[0], metadata
 
 
-def _load_openvino(path: Path, threads: int) -> tuple[Run, Stamp]:
+def _load_openvino(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
     weights = path.with_suffix(".bin")
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file; the weights of {path.name} belong beside it")
+        raise InputError(f"{weights}: no such file; {path.name} needs its weights in this file")
     with path.open("rb") as file:
-        if b"<net " not in file.read(200):  # OpenVINO would try it as every format it knows, and say so at length
-            raise InputError(f"{path}: not a model of OpenVINO")
+        if b"<net " not in file.read(200):  # OpenVINO would try all formats that it knows, and print long messages
+            raise InputError(f"{path}: not an OpenVINO model")
     openvino = import_openvino()
     core = openvino.Core()
     try:
         model = core.read_model(path)
     except RuntimeError as error:
-        raise InputError(
-            f"{path}: not a model that OpenVINO can run, or a truncated one ({last_line(error)})"
-        ) from error
-    names = [name for name in Stamp.__dataclass_fields__ if model.has_rt_info([NAMESPACE, name])]
-    stamp = _stamp(path, {f"{NAMESPACE}.{name}": model.get_rt_info([NAMESPACE, name]).value for name in names})
-    if sha256_of(weights) != stamp.weights:
-        raise InputError(f"{weights}: not the weights that {path.name} was written with, or damaged")
+        raise InputError(f"{path}: OpenVINO cannot load it; the file may be truncated ({last_line(error)})") from error
+    names = [name for name in ExportMetadata.__dataclass_fields__ if model.has_rt_info([NAMESPACE, name])]
+    metadata = _metadata_of(path, {f"{NAMESPACE}.{name}": model.get_rt_info([NAMESPACE, name]).value for name in names})
+    if sha256_of(weights) != metadata.weights:
+        raise InputError(f"{weights}: not the weights of {path.name}, or damaged; export the model again")
     options = {
-        # Without it OpenVINO takes bfloat16 wherever the processor has it.
-        "INFERENCE_PRECISION_HINT": "bf16" if stamp.dtype == "bfloat16" else "f32",
+        # By default OpenVINO uses bfloat16 if the processor supports it.
+        "INFERENCE_PRECISION_HINT": "bf16" if metadata.dtype == "bfloat16" else "f32",
         "INFERENCE_NUM_THREADS": threads,
     }
-    return openvino_runner(core, model, options), stamp
+    return openvino_runner(core, model, options), metadata
 
 
 def openvino_runner(core: Any, model: Any, options: Mapping[str, Any], *needed: Any) -> Run:
-    """Compiles the model for the number of images in the first batch, which is faster; for other numbers, for any.
+    """Compiles the model for the batch size of the first batch, which is faster, and once for all other batch sizes.
 
-    What the model needs, such as the bytes it was read from, stays with it.
+    Args:
+        needed: objects that the model needs while it runs, such as the bytes that it was read from.
     """
     requests: dict[int | None, Any] = {}
     _KEPT.append((core, model, requests, needed))
@@ -172,13 +171,13 @@ def openvino_runner(core: Any, model: Any, options: Mapping[str, Any], *needed: 
     return run
 
 
-def _stamp(path: Path, metadata: Mapping[str, Any]) -> Stamp:
-    values = {name: str(metadata.get(f"{NAMESPACE}.{name}", "")) for name in Stamp.__dataclass_fields__}
+def _metadata_of(path: Path, found: Mapping[str, Any]) -> ExportMetadata:
+    values = {name: str(found.get(f"{NAMESPACE}.{name}", "")) for name in ExportMetadata.__dataclass_fields__}
     if not values["card"]:
-        raise InputError(f"{path}: an {ENGINES[path.suffix]} model, but without the metadata that `sret export` writes")
-    return Stamp(**values)
+        raise InputError(f"{path}: an {ENGINES[path.suffix]} model without the metadata that `sret export` writes")
+    return ExportMetadata(**values)
 
 
 def last_line(error: Exception) -> str:
-    """The line that says what is wrong, below those that say where in OpenVINO."""
+    """The last line of an error of OpenVINO: the reason, after lines about where in OpenVINO it occurred."""
     return [line for line in str(error).splitlines() if line.strip()][-1]

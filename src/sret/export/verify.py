@@ -1,4 +1,4 @@
-"""Compares an exported file with the model that it was made from, on images with or without labels."""
+"""Compares the outputs of an exported file with those of its model, on images with or without labels."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from sret.errors import InputError
 from sret.export.runtime import Exported
 from sret.models.sret import SReT
 
-TOLERANCE = 1e-4  # of the logits of a float32 file, relative to the largest logit
-FIRST_BATCHES = (1, 3)  # a graph in which the batch size became fixed fails at one of them
-RANDOM_IMAGES = 16  # to compare on without data
+TOLERANCE = 1e-4  # largest difference of the logits of a float32 file, relative to the largest logit
+FIRST_BATCHES = (1, 3)  # batch sizes; a graph with a fixed batch size fails at one of them
+RANDOM_IMAGES = 16  # for the comparison without data
 
 Batch = tuple[Tensor, Sequence[int] | None]  # (B, C, H, W) and labels
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outputs of a file compared with those of its model.
+    """Differences between the outputs of a file and those of its model.
 
     Attributes:
-        count: images.
+        count: number of images.
         difference: largest absolute difference between two logits.
         scale: largest absolute logit of the model.
-        agreement: share of images with the same top-1, in percent; None without classes.
-        top1: (the model's, the file's) accuracy in percent; None without labels.
+        agreement: percentage of images with the same top-1 prediction; None without classes.
+        top1: accuracy in percent of (the model, the file); None without labels.
     """
 
     count: int
@@ -42,15 +42,15 @@ class Comparison:
 
 
 def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Comparison:
-    """Compares the logits for the same images; with accuracies if all batches have labels."""
-    expected, answered = [], []
+    """Compares the logits for the same images, and accuracies if all batches have labels."""
+    expected, found = [], []
     labels: list[int] | None = []
     for images, some_labels in batches:
         with torch.no_grad():
             expected.append(model(images))
-        answered.append(exported(images))
+        found.append(exported(images))
         labels = None if labels is None or some_labels is None else [*labels, *some_labels]
-    before, after = torch.cat(expected), torch.cat(answered)
+    before, after = torch.cat(expected), torch.cat(found)
     agreement, top1 = None, None
     if exported.num_classes:
         agreement = _percent(before.argmax(1) == after.argmax(1))
@@ -62,25 +62,25 @@ def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Compar
 
 
 def check_parity(comparison: Comparison, out: Path, dtype: str) -> None:
-    """Raises `InputError` for outputs that are not finite, and for float32 logits beyond `TOLERANCE`."""
+    """Raises `InputError` if outputs are not finite, or if float32 logits differ by more than `TOLERANCE`."""
     difference, scale = comparison.difference, comparison.scale
     if not np.isfinite(difference):
-        raise InputError(f"{out}: in {dtype} its outputs are not finite, so it was not written; try float32")
+        raise InputError(f"{out} was not written: its {dtype} outputs are not finite; try float32")
     if dtype == "float32" and difference > TOLERANCE * scale:
         raise InputError(
-            f"{out}: its logits differ from the model's by up to {difference:.1e} where the largest is {scale:.3g}, by "
-            f"more than {TOLERANCE:.0e} of it, so it was not written; try another engine, or another version of this"
+            f"{out} was not written: its logits differ from the model's by up to {difference:.1e}, which is more than "
+            f"{TOLERANCE:.0e} of the largest logit, {scale:.3g}; try another engine, or another version of this one"
         )
 
 
-def some(samples: Samples, most: int) -> Samples:
-    """A random choice, the same every time: a folder has its images class by class."""
+def random_subset(samples: Samples, count: int) -> Samples:
+    """At most `count` random images, the same in each call. (The first images of a folder are all of one class.)"""
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(samples))
-    return samples.subset(sorted(order[:most].tolist()))
+    return samples.subset(sorted(order[:count].tolist()))
 
 
 def batches_of(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[Batch]:
-    """The images, prepared as the card says, in batches of these sizes."""
+    """The images, preprocessed as the card says, in batches of these sizes."""
     dataset, unreadable, start = ImageDataset(samples, card.preprocessing), Unreadable(0), 0
     for size in sizes:
         if start >= len(dataset):
@@ -95,7 +95,7 @@ def batches_of(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[B
 
 
 def random_batches(card: Card) -> Iterator[Batch]:
-    """Noise of the card's size and channels, in several batch sizes."""
+    """Random images of the card's size and channels, in several batch sizes."""
     config, generator = card.config, torch.Generator().manual_seed(0)
     images = torch.randn(RANDOM_IMAGES, config.in_chans, *config.input_size, generator=generator)
     for part in images.split([*FIRST_BATCHES, RANDOM_IMAGES - sum(FIRST_BATCHES)]):
