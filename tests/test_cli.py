@@ -264,7 +264,7 @@ def test_a_checkpoint_for_other_classes_is_refused(sret, tmp_path):
     assert "other classes than the checkpoint: 'cat', not 'cow'" in one_line(err)
     code, _, err = sret("eval", "--checkpoint", two)
     assert code == 2
-    assert "name the images with --data" in one_line(err)
+    assert "give images with --data" in one_line(err)
 
 
 def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, tmp_path):

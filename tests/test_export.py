@@ -397,7 +397,7 @@ def test_a_missing_package_names_its_extra(package_name, exports, tmp_path, monk
     suffix = ".xml" if package_name == "openvino" else ".onnx"
     code, _, err = sret("export", exports[".safetensors"], tmp_path / f"m{suffix}")
     assert code == 2
-    assert one_line(err) == f"sret: error: this needs {package_name}; run: pip install 'sret[export]'\n"
+    assert one_line(err) == f"sret: error: this command needs {package_name}; run: pip install 'sret[export]'\n"
     assert listing(tmp_path) == []
 
 

@@ -53,7 +53,7 @@ def test_folders_patterns_and_files_name_each_image_once(photos):
     assert names[0] == b"top.jpg"
     assert names[-1] == b"gone.jpg"
     (photos / "empty").mkdir()
-    for given, problem in ((photos / "empty", "without images"), (f"{photos}/*.tiff", "no file matches")):
+    for given, problem in ((photos / "empty", "has no images"), (f"{photos}/*.tiff", "no file matches")):
         with pytest.raises(InputError, match=problem):
             find_images([given])
 

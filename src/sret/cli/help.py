@@ -1,4 +1,4 @@
-"""Formats `sret COMMAND --help`: ranges and choices in plain words instead of Python's types."""
+"""Formats `sret COMMAND --help`: a short usage line, and ranges and choices in plain words."""
 
 from argparse import Action
 from collections.abc import Iterable

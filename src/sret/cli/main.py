@@ -1,4 +1,4 @@
-"""The `sret` command: finds the requested command, parses its options, and prints errors as one line.
+"""The `sret` command: finds the requested command, parses its options, runs it, and prints errors as one line.
 
 Wrong input gives one line on standard error and exit code 2. `predict` and `features` exit with 1 if some images could
 not be read.
@@ -45,7 +45,8 @@ atexit.register(gc.freeze)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0; 1, `predict` could not read some images; 2, wrong input; 130, Ctrl-C. After SIGTERM `train` exits with 143.
+    0: success; 1: `predict` or `features` could not read some images; 2: wrong input; 130: Ctrl-C. After
+    SIGTERM, `train` exits with 143.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("always", InputWarning)
@@ -73,7 +74,7 @@ def _main(argv: Sequence[str]) -> int:
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "", "train")
-        print(f"sret: error: this needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
+        print(f"sret: error: this command needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if (advice := describe_lost_worker(error)) is None:

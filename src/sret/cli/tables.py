@@ -1,4 +1,4 @@
-"""Prints tables of the cost of models: of all named models, or of one by stage and pass."""
+"""Prints tables of the cost of models: all named models, or one model by stage and pass."""
 
 from itertools import groupby
 from typing import Literal
@@ -14,11 +14,11 @@ from sret.models.variants import CONFIGS, RELEASES, config_of
 
 
 def print_variants(console: Console, size: tuple[int, int] | None) -> None:
-    """Parameters, multiply-adds, slices and published accuracy of every variant, at `size` pixels or its own."""
+    """Prints parameters, MACs, slices and published accuracy of all models, at `size` pixels or their own size."""
     console.print(_variants_table(size))
     console.print(
-        "MACs: multiply-adds for one image. Slices: of the first / later pass, stage by stage.\n"
-        "Top-1: ImageNet-1K, %, [distilled], as the authors published it; not reproduced here.",
+        "MACs: multiply-adds for one image. Slices: first pass / later passes, by stage.\n"
+        "Top-1: ImageNet-1K, %, [distilled], as published by the authors; not reproduced here.",
         markup=False,
         soft_wrap=True,
     )
@@ -59,13 +59,13 @@ def _published(variant: str) -> str:
 
 
 def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
-    """Parameters, multiply-adds, tokens and slices of one model by stage and pass; `name` may be a file."""
+    """Prints parameters, MACs, tokens and slices of one model, a name or a file, by stage and pass."""
     config = config_of(name) if is_name(name) else load_model(name)[1].config
     cost = model_cost(config, size)
     height, width = size or config.input_size
     console.print(
         f"{name} at {height}x{width}: {cost.parameters:,} parameters ({cost.bytes / 2**20:.1f} MiB in float32), "
-        f"{cost.macs / 1e9:.3f} G multiply-adds ({cost.flops / 1e9:.3f} GFLOPs), {config.depth} layers",
+        f"{cost.macs / 1e9:.3f} G MACs ({cost.flops / 1e9:.3f} GFLOPs), {config.depth} layers",
         soft_wrap=True,
     )
     table = _table(
@@ -77,7 +77,7 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
         "parameters",
         "pass",
         "slices",
-        "tokens each",
+        "tokens/slice",
         "MACs",
         justify="right",
     )

@@ -15,13 +15,13 @@ from sret.data.preprocess import Preprocessing
 from sret.inference.statistics import Statistics, wilson
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-MAX_BARS = 20  # classes listed one by one
-MAX_CELLS = 12  # classes whose confusions are written as numbers
+MAX_BARS = 20  # classes with a bar
+MAX_CELLS = 12  # up to this number of classes, confusions are also written as numbers
 COLUMNS = 8
 
 
 def draw_classes(axes: Axes, names: Sequence[str], found: Statistics) -> None:
-    """A bar for each class, the least accurate on top, with its 95 % interval."""
+    """A bar for each class with its 95 % interval, the lowest accuracy first."""
     totals, right = found.confusion.sum(axis=1), np.diag(found.confusion)
     accuracy = 100 * right / np.maximum(totals, 1)
     shown = [int(k) for k in np.argsort(accuracy, kind="stable") if totals[k]][:MAX_BARS]
@@ -33,12 +33,12 @@ def draw_classes(axes: Axes, names: Sequence[str], found: Statistics) -> None:
     for place, k in zip(places, shown, strict=True):
         axes.text(1, place, f"{accuracy[k]:.1f} %  of {totals[k]}", va="center", fontsize=7)
     axes.set_yticks(places, [shorten(names[k]) for k in shown], fontsize=8)
-    title = "accuracy per class" if len(shown) == len(names) else f"the {len(shown)} least accurate classes"
+    title = "accuracy per class" if len(shown) == len(names) else f"the {len(shown)} classes with the lowest accuracy"
     axes.set(xlim=(0, 100), xlabel="top-1, % (line: 95 % interval)", title=title)
 
 
 def draw_confusions(axes: Axes, names: Sequence[str], found: Statistics) -> None:
-    """The share of each true class (rows) that is predicted as each class (columns); counts where they can be read."""
+    """The confusion matrix: rows are true classes, columns predictions; colours are shares of the true class."""
     share = found.confusion / np.maximum(found.confusion.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="prediction", ylabel="true class", title="confusions")
@@ -53,19 +53,19 @@ def draw_confusions(axes: Axes, names: Sequence[str], found: Statistics) -> None
 
 
 def draw_calibration(axes: Axes, found: Statistics) -> None:
-    """Accuracy over confidence, in tenths; the area of a point is its share of the images."""
+    """Accuracy over confidence, in ten bins; the area of a point is the share of its images."""
     confidence, accuracy, counts = np.array(found.calibration()).T
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.scatter(confidence, accuracy, s=20 + 300 * counts / counts.sum(), alpha=0.75)
     error = 100 * found.calibration_error()
-    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="share that is right")
-    axes.set(title=f"calibration (expected error {error:.1f} %)")
+    axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy")
+    axes.set(title=f"calibration (expected calibration error {error:.1f} %)")
 
 
 def draw_images(
     grid: np.ndarray, names: Sequence[str], found: Statistics, samples: Samples, preprocessing: Preprocessing
 ) -> None:
-    """The worst predictions, as many as the (rows, columns) axes of `grid`, as the model sees the images."""
+    """The worst predictions, one for each axes of `grid` (rows, columns), with the images as the model gets them."""
     transform = preprocessing.transform()
     for axes in grid.flat:
         axes.axis("off")
@@ -74,18 +74,18 @@ def draw_images(
         axes.imshow(pixels.permute(1, 2, 0).squeeze().numpy(), cmap="gray", vmin=0, vmax=1)
         is_right = found.is_right[row]
         text = f"{shorten(names[int(found.predicted[row])])}  {found.confidence[row]:.0%}"
-        text += "" if is_right else f"\n(is {shorten(names[int(found.truth[row])])})"
+        text += "" if is_right else f"\n(true: {shorten(names[int(found.truth[row])])})"
         axes.set_title(text, color=RIGHT if is_right else WRONG, fontsize=8)
 
 
 def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The losses of each epoch: of training, validation and the moving average."""
+    """The losses by epoch: training, validation, and validation of the EMA."""
     _curves(axes, rows, {"train_loss": "training, augmented", "val_loss": "validation", "ema_loss": "EMA"})
     axes.set(ylabel="cross-entropy", yscale="log")
 
 
 def draw_accuracies(axes: Axes, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> None:
-    """The accuracies of each epoch, and that of the best one."""
+    """The accuracies by epoch, and the best one."""
     _curves(axes, rows, {"train_top1": "training, augmented", "val_top1": "validation", "ema_top1": "EMA"})
     top1 = best.get("ema_top1", best["val_top1"])
     axes.plot(best["epoch"], top1, "o", color="black", label=f"best: {top1:.2f} %")

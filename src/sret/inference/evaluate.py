@@ -1,4 +1,4 @@
-"""Measures accuracy on labelled images: each counts once, whatever the batch size and the number of processes."""
+"""Measures accuracy on labelled images; each image counts once, with any batch size and number of processes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from sret.errors import InputError, describe_changes, first_few
 
 
 class StopSignal(Protocol):
-    """Says whether this process was asked to stop, as `sret.training.signals.StopRequest` does."""
+    """Tells whether this process received a stop signal, such as `sret.training.signals.StopRequest`."""
 
     @property
     def is_made(self) -> bool: ...
@@ -30,7 +30,7 @@ class StopSignal(Protocol):
 
 @dataclass(frozen=True)
 class Metrics:
-    """Accuracies in percent, mean cross-entropy in nats, and how many images they are over."""
+    """Accuracies in percent, mean cross-entropy in nats, and the number of images."""
 
     top1: float
     top5: float
@@ -40,12 +40,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted for each image, in the order of the data, on the CPU.
+    """The predictions for all images, in the order of the data, on the CPU.
 
     Attributes:
-        labels: (N,) int64, `UNREADABLE` for an image that could not be read.
-        classes: (N,) int64, the likeliest class.
-        confidences: (N,) float32, its probability.
+        labels: (N,) int64, the true class; `UNREADABLE` for an image that could not be read.
+        classes: (N,) int64, the predicted class.
+        confidences: (N,) float32, the probability of the predicted class.
     """
 
     labels: Tensor
@@ -55,10 +55,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and on which images.
+    """The result of an evaluation.
 
     Attributes:
-        split: the name of the part of `data` that `samples` are.
+        data: the data set.
+        split: the split of the data set that was evaluated.
+        samples: the images and labels of the split.
     """
 
     metrics: Metrics
@@ -76,16 +78,21 @@ def evaluate(
     unreadable: Unreadable,
     stop: StopSignal | None = None,
 ) -> tuple[Metrics, Predictions] | None:
-    """Metrics and predictions, in the precision of the weights, over batches of an `ImageDataset`.
+    """Computes metrics and predictions of a model, in the precision of its weights.
 
-    The model takes images in 0..1 (`Normalized`) and keeps its mode. Images that cannot be read do not count. None if
-    a process was asked to stop meanwhile.
+    Args:
+        model: takes images in 0..1 (`Normalized`). It is evaluated in evaluation mode, and its mode is restored.
+        batches: batches of an `ImageDataset`: images, labels, and error messages of unreadable images, which do not
+            count.
+        accelerator: gathers the predictions of all processes.
+        unreadable: counts unreadable images.
+        stop: if it is set during the evaluation, the result is None.
 
-    Raises `InputError` if too many images cannot be read, or none can.
+    Raises `InputError` if too many images, or all, are unreadable.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, count
+    sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, number of images
     errors: list[str] = []
     parts: list[tuple[Tensor, Tensor, Tensor]] = []  # labels, classes, confidences
     is_stopped = False
@@ -110,7 +117,7 @@ def evaluate(
     unreadable.add(gather_object(errors), is_quiet=not accelerator.is_main_process)
     top1, top5, loss, count = sums.tolist()
     if not count:
-        raise InputError("none of the images to evaluate on can be read")
+        raise InputError("none of the images of the evaluation can be read")
     metrics = Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=int(count))
     return metrics, Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -124,37 +131,39 @@ def evaluate_on(
     num_workers: int = 0,
     max_corrupt: int = 0,
 ) -> Evaluation:
-    """Evaluates a checkpoint on a data set.
+    """Evaluates a model on a data set.
 
     Args:
-        data_name: as `load_data` takes it; by default the data the checkpoint was trained on.
-        split: by default "test", "val" where there is none, and "all" of a folder that is not divided and that the
-            checkpoint was not trained on.
-        max_corrupt: images that may be left out because they cannot be read.
+        model: takes normalised images.
+        card: of the model's weights file.
+        data_name: as `load_data` takes it; by default the data of the training.
+        split: by default "test", or "val" if there is no test split, or "all" for a folder that has no splits and was
+            not used for training.
+        batch_size: images per batch and process; it does not change the result.
+        num_workers: processes that load images.
+        max_corrupt: number of unreadable images that may be skipped.
 
-    Raises `InputError` if the data's classes are not the checkpoint's.
+    Raises `InputError` if the classes of the data are not those of the card.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    accelerator = Accelerator()  # first: several processes load the data one after the other
+    accelerator = Accelerator()  # before load_data, which several processes call one after the other
     trained_on, known = card.training.get("recipe", {}).get("data"), card.training.get("data", {})
     if data_name is None and trained_on is None:
-        raise InputError("this checkpoint does not say what it was trained on; name the images with --data")
+        raise InputError("this checkpoint does not name its training data; give images with --data")
     try:
         data = load_data(data_name or trained_on)
     except InputError as error:
         if data_name is not None:
             raise
         raise InputError(
-            f"this checkpoint was trained on {trained_on!r}, which is not here; name images with --data ({error})"
+            f"the training data of this checkpoint, {trained_on!r}, was not found; give images with --data ({error})"
         ) from error
     card.check_classes(data.name, data.class_names)
     changed = describe_changes(known, data.fingerprint())
     is_own = not changed or _is_same(data.name, trained_on)
     if is_own and changed and not data.has_splits and split != "all":
         raise InputError(
-            f"{data.name} has changed since training ({first_few(changed)}), so that its test images may have been "
-            "trained on; evaluate on other images with --data, or on all of these with --split all"
+            f"{data.name} has changed since training ({first_few(changed)}), so its test images may have been training "
+            "images; give other images with --data, or use all images with --split all"
         )
     if split is None:
         is_foreign = not (is_own or data.has_splits)
@@ -163,7 +172,7 @@ def evaluate_on(
     loader = DataLoader(ImageDataset(samples, card.preprocessing), batch_size, **worker_options(num_workers))
     net, loader = model.to(accelerator.device), accelerator.prepare(loader)
     result = evaluate(Normalized(net, card.preprocessing), loader, accelerator, Unreadable(max_corrupt))
-    assert result is not None  # nothing can stop it
+    assert result is not None  # there is no stop signal
     return Evaluation(*result, data, split, samples)
 
 

@@ -1,8 +1,9 @@
-"""Computes the features of images, and how well simple classifiers separate them: k-NN and a linear probe.
+"""Computes the features of images, and the accuracy of simple classifiers on them: k-NN and a linear probe.
 
-Features are what the classifier of a model takes: pooled and normalised, C numbers an image. The scores are those of
-Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, arXiv:2104.14294: k-NN by cosine
-similarity, and logistic regression, fitted on the training and validation images and measured on the test images.
+Features are the input of a model's classifier: C numbers for each image, pooled and normalised. The simple classifiers
+are those of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021, arXiv:2104.14294:
+k-NN by cosine similarity, and logistic regression. They are fitted on training and validation images, and tested on
+test images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,12 @@ from sret.models.sret import SReT
 
 @dataclass(frozen=True)
 class Features:
-    """Of one image.
+    """The features of one image.
 
     Attributes:
-        name: its path, or its place in the data set.
-        split: of the data set; None of a list of images.
+        name: its path, or its index in the data set.
+        split: of the data set; None for a list of images.
+        label: its class.
         values: (C,) float32; zeros if the image could not be read.
         error: why it could not be read, or empty.
     """
@@ -73,7 +75,7 @@ def features_of(
     ):
         values = net(images.to(device)).float().cpu()
         if not values[labels != UNREADABLE].isfinite().all():
-            raise InputError("the model's features are not finite numbers: its weights are damaged")
+            raise InputError("the model's features are not finite: its weights are damaged")
         for row, error in zip(values.numpy(), errors, strict=True):
             name = samples.names[done] if samples.names else name_of(samples.images[done])
             yield Features(name, split, int(samples.labels[done]), 0 * row if error else row, error)
@@ -81,18 +83,20 @@ def features_of(
 
 
 def knn_accuracy(features: Sequence[Features], neighbours: int) -> float:
-    """Top-1 accuracy in percent on the test images, by the nearest of the others in cosine similarity."""
+    """Top-1 accuracy in percent of a k-NN classifier with cosine similarity on the test images."""
     from sklearn.neighbors import KNeighborsClassifier
 
     (train, train_labels), (test, test_labels) = _parts(features)
     if neighbours > len(train):
-        raise InputError(f"{neighbours} neighbours, but there are {len(train)} images to find them among")
+        raise InputError(
+            f"{neighbours} neighbours are more than the {len(train)} images to choose them from; use fewer"
+        )
     classifier = KNeighborsClassifier(neighbours, metric="cosine").fit(train, train_labels)
     return 100 * float(classifier.score(test, test_labels))
 
 
 def linear_probe_accuracy(features: Sequence[Features]) -> float:
-    """Top-1 accuracy in percent on the test images of a logistic regression on standardised features."""
+    """Top-1 accuracy in percent of a logistic regression of standardised features on the test images."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -103,10 +107,10 @@ def linear_probe_accuracy(features: Sequence[Features]) -> float:
 
 
 def _parts(features: Sequence[Features]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(features, labels) of the images to fit on, and of those to test on ("test", or "val" where there is none)."""
+    """(features, labels) of the images for fitting, and of the images for testing ("test", or "val" without test)."""
     readable = [f for f in features if not f.error]
     held = "test" if any(f.split == "test" for f in readable) else "val"
     parts = [[f for f in readable if (f.split == held) == is_test] for is_test in (False, True)]
     if not all(parts):
-        raise InputError("a score needs images to fit on and images to test on, in two splits")
+        raise InputError("k-NN and linear probe need training images and test images; give data with two splits")
     return [(np.stack([f.values for f in part]), np.array([f.label for f in part])) for part in parts]

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file without other files: classes, confusions, calibration, the worst mistakes."""
+"""Writes an evaluation as one self-contained HTML file: classes, confusions, calibration, the worst mistakes."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from sret.inference.statistics import Statistics, wilson
 
 MISTAKES = 48
 THUMBNAIL = 112  # pixels
-MAX_CELLS = 30  # classes whose confusions are shown as a matrix; of more, the most frequent ones
+MAX_CELLS = 30  # up to this number of classes, confusions are a matrix; otherwise a list of the most frequent ones
 MAX_CONFUSIONS = 20
 
 STYLE = """
@@ -36,8 +36,9 @@ def write_html(
     """Writes the page.
 
     Args:
-        names: of the classes.
-        samples: the images that `found` is of, in their order; the worst mistakes are read again.
+        names: names of the classes.
+        found: statistics of the predictions.
+        samples: the evaluated images; those of the worst mistakes are read again.
     """
     body = "\n".join(_body(title, names, found, samples, preprocessing))
     page = (
@@ -51,14 +52,14 @@ def _body(
     title: str, names: Sequence[str], found: Statistics, samples: Samples, preprocessing: Preprocessing
 ) -> Iterator[str]:
     right, count = int(found.is_right.sum()), len(found.truth)
-    yield f"<h1>{escape(title)}</h1><p><b>{_percent(right, count)} of {count:,} images are right</b> "
+    yield f"<h1>{escape(title)}</h1><p><b>top-1 accuracy {_percent(right, count)} on {count:,} images</b> "
     yield f"(95 % interval {_interval(right, count)})</p>"
     yield "<h2>Classes</h2><div class=scroll>" + _classes(names, found) + "</div>"
     yield "<h2>Confusions</h2><div class=scroll>"
     yield (_matrix(names, found) if len(names) <= MAX_CELLS else _most_frequent(names, found)) + "</div>"
-    yield "<h2>Calibration</h2><p>How often predictions of a confidence are right. The mean distance between the two "
+    yield "<h2>Calibration</h2><p>Accuracy of the predictions by their confidence. The mean difference between both "
     yield f"(expected calibration error) is {100 * found.calibration_error():.1f} %.</p>" + _calibration(found)
-    then = "" if count - right >= MISTAKES else ", then the least confident right predictions"
+    then = "" if count - right >= MISTAKES else ", then the least confident correct predictions"
     yield f"<h2>Mistakes</h2><p>The most confident mistakes first{then}.</p><div class=mistakes>"
     for row in found.worst(MISTAKES):
         yield _mistake(names, found, int(row), samples, preprocessing)
@@ -66,11 +67,11 @@ def _body(
 
 
 def _classes(names: Sequence[str], found: Statistics) -> str:
-    totals, given = found.confusion.sum(axis=1), found.confusion.sum(axis=0)
+    totals, predicted = found.confusion.sum(axis=1), found.confusion.sum(axis=0)
     accuracy = {k: found.confusion[k, k] / totals[k] for k in range(len(names)) if totals[k]}
     rows = [
         f"<tr><td class=name>{escape(names[k])}<td>{totals[k]:,}<td>{_percent(found.confusion[k, k], totals[k])}"
-        f"<td>{_interval(found.confusion[k, k], totals[k])}<td>{_percent(found.confusion[k, k], given[k])}"
+        f"<td>{_interval(found.confusion[k, k], totals[k])}<td>{_percent(found.confusion[k, k], predicted[k])}"
         for k in sorted(accuracy, key=accuracy.__getitem__)
     ]
     head = "<tr><th class=name>class<th>images<th>accuracy<th>95 % interval<th>precision"
@@ -106,7 +107,7 @@ def _calibration(found: Statistics) -> str:
         f'<span class=bar style="width:{120 * right:.0f}px"></span>'
         for confidence, right, n in found.calibration()
     ]
-    return f"<table><tr><th>mean confidence<th>right<th>images<th>{''.join(rows)}</table>"
+    return f"<table><tr><th>mean confidence<th>accuracy<th>images<th>{''.join(rows)}</table>"
 
 
 def _mistake(names: Sequence[str], found: Statistics, row: int, samples: Samples, preprocessing: Preprocessing) -> str:
@@ -116,12 +117,12 @@ def _mistake(names: Sequence[str], found: Statistics, row: int, samples: Samples
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=85)
     truth, predicted = names[int(found.truth[row])], names[int(found.predicted[row])]
-    kind, said = ("right", "") if found.is_right[row] else ("wrong", f"<br>is {escape(truth)}")
+    kind, actual = ("right", "") if found.is_right[row] else ("wrong", f"<br>true: {escape(truth)}")
     name = "" if isinstance(source, Image.Image) else f"<br>{escape(printable(name_of(source)))}"
     return (
         f'<figure><img width={THUMBNAIL} alt="" src="data:image/jpeg;base64,'
         f'{base64.b64encode(buffer.getvalue()).decode()}"><figcaption><b class={kind}>{escape(predicted)} '
-        f"{100 * found.confidence[row]:.0f} %</b>{said}{name}</figcaption></figure>"
+        f"{100 * found.confidence[row]:.0f} %</b>{actual}{name}</figcaption></figure>"
     )
 
 

@@ -37,9 +37,10 @@ def write_png(
     """Draws the page.
 
     Args:
-        names: of the classes.
-        samples: the images that `found` is of, in their order; the worst predictions are shown.
-        rows: of a training run, the lines of `metrics.jsonl`; best: the one of the best epoch.
+        names: names of the classes.
+        found: statistics of the predictions.
+        samples: the evaluated images; those of the worst predictions are shown.
+        rows: the lines of `metrics.jsonl` of a training run; best: the line of the best epoch.
     """
     count, right = len(found.truth), int(found.is_right.sum())
     lines = -(-min(SHOWN, count) // COLUMNS)
@@ -47,7 +48,7 @@ def write_png(
     figure = plt.figure(figsize=(15, sum(heights) + 0.6), layout="constrained")
     low, high = (100 * share for share in wilson(right, count))
     figure.suptitle(
-        f"{title}: {100 * right / count:.2f} % of {count:,} images (95 % interval {low:.1f} to {high:.1f} %)",
+        f"{title}: top-1 {100 * right / count:.2f} % on {count:,} images (95 % interval {low:.1f} to {high:.1f} %)",
         fontsize=13,
     )
     *curves, middle, bottom = np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights))
@@ -60,7 +61,7 @@ def write_png(
     draw_confusions(cells, names, found)
     draw_calibration(points, found)
     draw_images(bottom.subplots(lines, COLUMNS, squeeze=False), names, found, samples, preprocessing)
-    then = ", then the least confident right predictions" if count - right < SHOWN else ""
+    then = ", then the least confident correct predictions" if count - right < SHOWN else ""
     bottom.suptitle(f"{count - right:,} wrong predictions, the most confident first{then}", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

@@ -1,4 +1,4 @@
-"""Predicts the classes of images: files, folders and patterns in, labelled probabilities out."""
+"""Predicts the classes of images, given as files, folders and patterns, with their probabilities."""
 
 import glob
 from collections import Counter
@@ -22,7 +22,12 @@ from sret.models.sret import SReT
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image, (name, probability) from the likeliest down, or why there are none."""
+    """The prediction for one image.
+
+    Attributes:
+        classes: (name, probability) of the most probable classes, the most probable first.
+        error: why the image could not be read, or empty.
+    """
 
     path: Path
     classes: tuple[tuple[str, float], ...] = ()
@@ -30,10 +35,10 @@ class Prediction:
 
 
 def find_images(given: Sequence[str | Path]) -> list[Path]:
-    """The image files that files, folders and patterns such as "photos/**/*.jpg" name, each once.
+    """Lists the image files of files, folders and patterns such as "photos/**/*.jpg", each once.
 
-    A folder stands for all image files in it and in its sub-folders, sorted; hidden ones are left out. A file is taken
-    whatever its suffix, and a path without a file stays, so that predicting it says what is wrong with it.
+    A folder stands for all image files in it and in its sub-folders, sorted; hidden files are skipped. A file may have
+    any suffix. A missing file stays in the list, so that its prediction says what is wrong.
 
     Raises `InputError` for a folder without images and for a pattern without matches.
     """
@@ -45,7 +50,7 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
             files = find_image_files(path, skipped)
             warn_of_skipped(path, skipped)
             if not files:
-                raise InputError(f"{path}: a folder without images ({' '.join(sorted(image_suffixes()))})")
+                raise InputError(f"{path}: this folder has no images ({' '.join(sorted(image_suffixes()))})")
             found += files
         elif glob.has_magic(name) and not path.exists():
             matches = [p for p in map(Path, sorted(glob.glob(name, recursive=True))) if p.is_file()]
@@ -66,17 +71,21 @@ def predict(
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[Prediction]:
-    """One prediction per path, in order; a file that is not an image does not stop the rest.
+    """One prediction per path, in order. A file that is not an image gives a prediction with an error.
 
     The model stays on its device and in its precision.
 
     Args:
+        card: of the model's weights file; it has the preprocessing and the class names.
+        top_k: number of classes in a prediction.
         num_workers: processes that load images.
 
-    Raises `InputError` for a model without a classifier, and for one whose outputs are not finite.
+    Raises `InputError` for a model without a classifier, and if outputs are not finite.
     """
     if not model.num_classes:
-        raise InputError("this model has no classifier, so that it cannot name what it sees")
+        raise InputError(
+            "this model has no classifier; give one with num_classes above 0, or compute features with sret features"
+        )
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has no parameters
     net = Normalized(model, card.preprocessing)
     images_of = ImageDataset(Samples(paths, [0] * len(paths)), card.preprocessing)
@@ -84,7 +93,7 @@ def predict(
     for images, labels, errors in DataLoader(images_of, batch_size, **worker_options(num_workers)):
         probabilities = net(images.to(device)).float().softmax(dim=1)
         if not probabilities[labels.to(device) != UNREADABLE].isfinite().all():
-            raise InputError("the model's outputs are not finite numbers: its weights are damaged")
+            raise InputError("the model's outputs are not finite: its weights are damaged")
         values, indices = (t.cpu().tolist() for t in probabilities.topk(min(top_k, model.num_classes)))
         for error in errors:
             names = [card.name_of(label) for label in indices[done % batch_size]]

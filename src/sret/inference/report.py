@@ -1,4 +1,4 @@
-"""Writes an evaluation as one page: HTML with file names and tables, or PNG."""
+"""Writes the report of an evaluation: an HTML page with file names and tables, or a PNG page."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ SUFFIXES = (".html", ".png")
 
 
 def check_report_path(path: Path) -> None:
-    """Raises `InputError` for a name that `write_report` cannot write, before there is a result to lose."""
+    """Raises `InputError` for a wrong file name, before the evaluation."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: a report's name ends in {' or '.join(SUFFIXES)}")
+        raise InputError(f"{path}: the name of a report ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it")
+        raise InputError(f"{path} is a folder; give a file name")
 
 
 def write_report(path: Path, evaluation: Evaluation, preprocessing: Preprocessing) -> None:
-    """Writes the page. Raises `InputError` for another suffix than .html and .png."""
+    """Writes the report. Raises `InputError` for a suffix other than .html and .png."""
     check_report_path(path)
     names = evaluation.data.class_names
     found = Statistics.of(evaluation.predictions, len(names))

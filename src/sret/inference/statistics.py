@@ -1,4 +1,4 @@
-"""What predictions say beyond their accuracy: per class, confusions, calibration; with intervals.
+"""Computes statistics of predictions: accuracy per class, confusions, calibration, confidence intervals.
 
 Sources: Wilson, "Probable inference, the law of succession, and statistical inference", 1927; Guo et al., "On
 calibration of modern neural networks", ICML 2017, arXiv:1706.04599 (expected calibration error, equal bins).
@@ -12,12 +12,12 @@ import numpy as np
 from sret.data.loading import UNREADABLE
 from sret.inference.evaluate import Predictions
 
-Z = 1.959964  # of 95 %
-BINS = 10
+Z = 1.959964  # of a 95 % interval
+BINS = 10  # of confidence
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, in 0..1, from `right` of `count`; (0, 1) for none."""
+    """The 95 % confidence interval of an accuracy of `right` in `count` images, in 0..1; (0, 1) without images."""
     if not count:
         return 0.0, 1.0
     share, z2 = right / count, Z * Z / count
@@ -28,11 +28,11 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of N readable images and K classes.
+    """Statistics of the predictions for N readable images of K classes.
 
     Attributes:
-        order: (N,) places of the images in the data.
-        truth, predicted: (N,) classes.
+        order: (N,) indices of the images in the data.
+        truth, predicted: (N,) true and predicted classes.
         confidence: (N,) probability of the predicted class.
         confusion: (K, K) counts, true class by predicted class.
     """
@@ -56,11 +56,11 @@ class Statistics:
         return self.truth == self.predicted
 
     def worst(self, count: int) -> np.ndarray:
-        """Rows to look at: the surest mistakes first; where there are few, the least certain right predictions."""
+        """Indices of the worst predictions: most confident mistakes, then least confident correct predictions."""
         return np.where(self.is_right, 1 + self.confidence, 1 - self.confidence).argsort(kind="stable")[:count]
 
     def calibration(self) -> list[tuple[float, float, int]]:
-        """(mean confidence, accuracy, images) of each tenth of 0..1 that has images."""
+        """(mean confidence, accuracy, number of images) of each of ten bins of confidence that has images."""
         bins = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
         return [
             (float(self.confidence[bins == b].mean()), float(self.is_right[bins == b].mean()), int((bins == b).sum()))
@@ -68,11 +68,11 @@ class Statistics:
         ]
 
     def calibration_error(self) -> float:
-        """Expected calibration error, in 0..1: the mean distance between confidence and accuracy."""
+        """Expected calibration error, in 0..1: the mean difference between confidence and accuracy."""
         return sum(abs(confidence - right) * n for confidence, right, n in self.calibration()) / len(self.truth)
 
     def confusions(self, count: int) -> list[tuple[int, int, int]]:
-        """(true class, predicted class, images) of the most frequent mistakes."""
+        """(true class, predicted class, number of images) of the most frequent mistakes."""
         wrong = self.confusion * (1 - np.eye(len(self.confusion), dtype=np.int64))
         ranked = np.argsort(-wrong, axis=None, kind="stable")[:count]
         pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(ranked, wrong.shape), strict=True)]

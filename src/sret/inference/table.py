@@ -1,4 +1,4 @@
-"""Writes rows of results as a file: CSV, JSON lines or parquet, by the suffix of its name."""
+"""Writes rows of results to a file: CSV, JSON lines or parquet, by the suffix of its name."""
 
 import csv
 import io
@@ -16,23 +16,23 @@ ROWS_PER_GROUP = 1024  # of a parquet file
 
 
 def check_table_path(path: Path) -> None:
-    """Raises `InputError` for a name that `write_table` cannot write, before there are rows to lose."""
+    """Raises `InputError` for a wrong file name, before the rows are computed."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: a table's name ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: the name of a table ends in {', '.join(SUFFIXES)}")
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it")
+        raise InputError(f"{path} is a folder; give a file name")
     if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet  # noqa: F401  # a missing package shows here
+        import pyarrow.parquet  # noqa: F401  # raises an error here if the package is missing
 
 
 def write_table(path: Path, columns: Mapping[str, type], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows as they come; the file appears when all are written.
+    """Writes rows one after the other; the file gets its name when all are written.
 
     Args:
-        columns: names and types: `str`, `int`, `float`, or `list`, of numbers, which in CSV takes a column for each.
-        rows: one value per column; None where there is none.
+        columns: names and types: `str`, `int`, `float`, or `list` of numbers, which has a column for each in CSV.
+        rows: one value per column, or None.
 
-    Raises `InputError` for another suffix than .csv, .jsonl and .parquet.
+    Raises `InputError` for a suffix other than .csv, .jsonl and .parquet.
     """
     check_table_path(path)
     write = {".csv": _write_csv, ".jsonl": _write_json, ".parquet": _write_parquet}[path.suffix.lower()]

@@ -46,10 +46,12 @@ def run(arguments: Namespace) -> int:
 
     check_table_path(arguments.out)
     if bool(arguments.images) == (arguments.data is not None):
-        raise InputError("give images, or a data set with --data, but not both")
+        raise InputError("give either images or a data set with --data")
     is_scored = arguments.knn is not None or arguments.linear_probe
     if is_scored and arguments.data is None:
-        raise InputError(f"a score needs classes; give the images with --data, such as --data {arguments.images[0]}")
+        raise InputError(
+            f"k-NN and linear probe need classes; give labelled images, such as --data {arguments.images[0]}"
+        )
     parts: dict[str | None, Samples]
     if arguments.data is None:
         paths, class_names = find_images(arguments.images), None
@@ -60,7 +62,7 @@ def run(arguments: Namespace) -> int:
     model, card = load_model(arguments.checkpoint)
     if not isinstance(model, SReT):
         raise InputError(
-            f"{arguments.checkpoint}: an exported file has only logits; give the weights it was exported from"
+            f"{arguments.checkpoint}: an exported file computes only logits; give the weights file it was exported from"
         )
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())

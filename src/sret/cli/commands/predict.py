@@ -79,7 +79,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _on_device(model: Any, paths: Sequence[Path]) -> tuple[Any, Sequence[Path]]:
-    """The model on this process's device, and this process's share of the images."""
+    """The model on the device of this process, and the images that this process predicts."""
     import torch
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -116,13 +116,13 @@ def _row(prediction: "Prediction", top_k: int, min_confidence: float) -> list[An
     classes = prediction.classes or ((None, None),) * top_k
     return [
         printable(prediction.path),
-        _named(prediction, min_confidence) if prediction.classes else None,
+        _predicted_name(prediction, min_confidence) if prediction.classes else None,
         *(value for pair in classes for value in pair),
         printable(prediction.error) or None,
     ]
 
 
-def _named(prediction: "Prediction", min_confidence: float) -> str:
+def _predicted_name(prediction: "Prediction", min_confidence: float) -> str:
     name, probability = prediction.classes[0]
     return name if probability >= min_confidence else UNSURE
 
@@ -130,7 +130,7 @@ def _named(prediction: "Prediction", min_confidence: float) -> str:
 def _print(prediction: "Prediction", min_confidence: float, as_json: bool) -> None:
     if prediction.error:
         return
-    image, named = printable(prediction.path), _named(prediction, min_confidence)
+    image, named = printable(prediction.path), _predicted_name(prediction, min_confidence)
     if as_json:
         print(json.dumps({"image": image, "prediction": named, "classes": dict(prediction.classes)}))
     else:
