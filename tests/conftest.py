@@ -1,14 +1,28 @@
 """Small models and settings shared by the tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
 from sret import ModelConfig, SReT, StageConfig
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """As many as this process may use cores; xdist would count the cores of the machine, also in a small container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Nothing outlasts the tests, not even the processes of a test that hung, which pytest ends at once."""
+    if not hasattr(session.config, "workerinput"):  # a process of xdist: the tests of the others go on
+        processes.kill_marked(os.environ[processes.MARK])
 
 
 def small_config(**changes: object) -> ModelConfig:

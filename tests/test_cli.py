@@ -5,10 +5,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import small_config
@@ -244,7 +244,7 @@ def test_two_processes_count_every_image_once(run_folder, sret):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "sret.cli", "eval", "--checkpoint", str(best), "--json", "--batch-size", "32"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    result = processes.run(command, env=environment)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, result.stderr[-2000:]
     assert lines[0]["count"] == alone["count"] == 359  # an odd number
@@ -453,7 +453,7 @@ def test_help_and_misspellings_do_not_wait_for_torch(arguments, code, output):
         "sys.exit(f'imported {heavy}' if heavy else code)\n"
     )
     command = [sys.executable, "-c", program, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = processes.run(command)
     assert result.returncode == code, result.stderr
     assert output in result.stdout + result.stderr
 
@@ -473,7 +473,7 @@ def test_help_is_plain_text(name, capsys, monkeypatch):
 
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("sret")
-    result = subprocess.run([command, "nothing"], capture_output=True, text=True, check=False)
+    result = processes.run([command, "nothing"])
     assert result.returncode == 2
     assert one_line(result.stderr).startswith("sret: error: unknown command 'nothing'")
 

@@ -4,13 +4,13 @@ import copy
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import processes
 import pytest
 import torch
 from conftest import small_config
@@ -471,7 +471,7 @@ def test_nothing_is_told_but_the_report(digits, tmp_path):
     command = [sys.executable, "-c", script, "export", str(digits), str(tmp_path / "m.xml"), *options]
     home = tmp_path / "home"
     home.mkdir()
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": str(home)}, check=False)
+    result = processes.run(command, env={**os.environ, "HOME": str(home)})
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert len(result.stdout.splitlines()) == 3

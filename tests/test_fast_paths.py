@@ -3,11 +3,11 @@
 import copy
 import os
 import pickle
-import subprocess
 import sys
 from collections import Counter
 from typing import Any
 
+import processes
 import pytest
 import timm
 import torch
@@ -330,7 +330,7 @@ def test_a_processor_without_avx512_answers_in_bfloat16():
         "with torch.no_grad(): print(m(torch.randn(2, 3, 64, 64).bfloat16()).isfinite().all().item())"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     assert done.stdout.strip() == "True", done.stderr[-500:]
 
 

@@ -6,15 +6,16 @@ import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
+import processes
 import pytest
 import torch
 import yaml
@@ -71,15 +72,15 @@ class Forks:
 
     def __init__(self, out: Path) -> None:
         command = [sys.executable, "-c", FORKS, str(out)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         # With as many threads as the undisturbed run: their number decides the order of sums.
-        self.process = subprocess.Popen(command, cwd=HERE, **pipes)
+        self.starting = processes.started(command, seconds=480, cwd=HERE, stdin=PIPE, stdout=PIPE)
 
     def __enter__(self) -> "Forks":
+        self.process = self.starting.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
+    def __exit__(self, *raised: object) -> None:
+        self.starting.__exit__(*raised)
 
     def run(self, last_write: int = 0, seconds: float | None = None) -> bool:
         """Whether the run got through before it was killed, in its n-th write or after so many seconds."""
@@ -144,9 +145,8 @@ def test_a_run_killed_in_each_write_of_its_first_saves_ends_with_the_same_bits(w
 def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, kind, code, workers):
     out = tmp_path / "run"
     command = command_of(RECIPE, out, "--num_workers", workers, "--save_every", 1)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A process group of its own, all of which a terminal sends Ctrl-C.
-    with subprocess.Popen(command, cwd=HERE, start_new_session=True, **pipes) as process:
+    # It has a process group of its own, all of which a terminal sends Ctrl-C.
+    with processes.started(command, cwd=HERE, stdout=PIPE, stderr=PIPE) as process:
         while not (out / LAST).exists() and process.poll() is None:  # after the first step
             time.sleep(0.01)
         os.killpg(process.pid, kind)
@@ -217,12 +217,9 @@ def holder(out: Path) -> Iterator[int]:
         "import sys, time; from pathlib import Path; from sret.training.lock import locked\n"
         "with locked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True) as process:
+    with processes.started([sys.executable, "-c", code, str(out)], stdout=PIPE) as process:
         process.stdout.readline()
-        try:
-            yield process.pid
-        finally:
-            process.kill()
+        yield process.pid
 
 
 def test_a_folder_that_a_run_writes_to_is_refused_and_the_lock_of_a_killed_run_is_not_in_the_way(tmp_path):
@@ -320,7 +317,7 @@ def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_l
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     command = command_of(RECIPE, tmp_path / "run", "--num_workers", 14)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with processes.started(command, stdout=PIPE, env=environment) as process:
         for line in process.stdout:
             if line.startswith("Best validation accuracy"):
                 said = time.monotonic()
@@ -333,9 +330,10 @@ def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_l
 @pytest.mark.slow
 def test_of_two_runs_started_at_once_one_goes_on_and_the_other_is_refused(whole, tmp_path):
     out = tmp_path / "run"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command_of(RECIPE, out), **pipes) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
+    with ExitStack() as stack:
+        starting = [processes.started(command_of(RECIPE, out), stdout=PIPE, stderr=PIPE) for _ in range(2)]
+        both = [stack.enter_context(start) for start in starting]
+        errors = [process.communicate()[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     refused = errors[[process.returncode for process in both].index(2)]
     # The slower one may start when the other has ended.
@@ -347,9 +345,9 @@ def test_of_two_runs_started_at_once_one_goes_on_and_the_other_is_refused(whole,
 @pytest.mark.slow
 def test_a_killed_run_is_resumed_at_once_although_its_loading_processes_end_later(whole, tmp_path):
     out = tmp_path / "run"
-    with subprocess.Popen(command_of(RECIPE, out, "--num_workers", 2, "--save_every", 1)) as process:
+    with processes.started(command_of(RECIPE, out, "--num_workers", 2, "--save_every", 1)) as process:
         while not (out / LAST).exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
-    train(RECIPE, out, resume="auto")
+        train(RECIPE, out, resume="auto")
     assert_same(out, whole)

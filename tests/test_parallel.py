@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import torch
@@ -38,11 +38,12 @@ def _two_threads():
     torch.set_num_threads(before)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ON_CPUS = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, *map(str, arguments)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=HERE)
+    return processes.run([*TORCHRUN, *map(str, arguments)], seconds=480, env=ON_CPUS, cwd=HERE)
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +107,17 @@ def test_a_signal_to_one_process_stops_both(tmp_path, shard):
     out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE.to_dict(), "epochs": 50}))
     command = ["-m", "sret.cli", "train", "--config", recipe, "--out", out, "--fsdp", shard, "--save_every", "1"]
-    result = []
-    launching = threading.Thread(target=lambda: result.append(launch(*command)))
-    launching.start()
-    while not (out / LAST).exists() and launching.is_alive():
-        time.sleep(0.05)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if str(out) in (p.info["cmdline"] or [])]
-    workers = [p for p in workers if "torch.distributed.run" not in p.info["cmdline"]]
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGTERM)
-    launching.join()
-    assert result[0].stdout.count("Stopped and saved at step") == 1, result[0].stderr[-2000:]
-    assert "Best validation accuracy" not in result[0].stdout
-    assert "exitcode  : 143" in result[0].stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with processes.started([*TORCHRUN, *map(str, command)], env=ON_CPUS, cwd=HERE, **pipes) as torchrun:
+        while not (out / LAST).exists() and torchrun.poll() is None:
+            time.sleep(0.05)
+        workers = psutil.Process(torchrun.pid).children()
+        assert len(workers) == 2
+        workers[1].send_signal(signal.SIGTERM)
+        stdout, stderr = torchrun.communicate()
+    assert stdout.count("Stopped and saved at step") == 1, stderr[-2000:]
+    assert "Best validation accuracy" not in stdout
+    assert "exitcode  : 143" in stderr
     assert load_state(out / STATE)["step"] > 0
 
 

@@ -96,4 +96,7 @@ def _is_running(path: Path) -> bool:
     words = _holder(path).split()
     if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdecimal():
         return True
-    return psutil.pid_exists(int(words[1]))
+    try:
+        return psutil.Process(int(words[1])).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
