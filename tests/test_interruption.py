@@ -349,5 +349,6 @@ def test_a_killed_run_is_resumed_at_once_although_its_loading_processes_end_late
         while not (out / LAST).exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie: its number is in use
         train(RECIPE, out, resume="auto")
     assert_same(out, whole)
