@@ -1,9 +1,9 @@
-# Commands for a fresh machine: `make demo`, `make test` (fast) and `make test-all`. Each set up .venv first if it is missing or outdated.
+# Commands for a new machine: make demo, make test (fast), make test-all. Each creates or updates .venv first.
 PYTHON ?= python3
 RUN ?= runs/digits
 DEMO_ARGS ?=
 BIN := .venv/bin
-# Debian keeps this part of Python in a package of its own; root may install it, others are told how.
+# On Debian venv is a separate package. root installs it here; other users get a message with the command.
 INSTALL_VENV = { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "$(notdir $(PYTHON))-venv"; }
 
 .PHONY: demo test test-all lint docs clean
@@ -19,7 +19,7 @@ demo: .venv/ready
 	@echo
 	@echo "Files in $(RUN):" && ls "$(RUN)"
 
-# The fast suite; test-all also runs what is marked slow. One thread a process, since the processes share the cores.
+# The fast tests; test-all also runs those marked slow. The processes share the cores, so each uses one thread.
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
@@ -32,17 +32,17 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Pages in site/, the API reference among them.
+# Builds the pages, with the API reference, into site/.
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# `ready` is written last, so that an interrupted installation is started again.
+# `ready` is written last, so an interrupted installation starts again.
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "sret needs Python 3.11 or newer; say which with: make PYTHON=python3.12"; exit 1; }
+	  { echo "sret needs Python 3.11 or newer; choose one with: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(INSTALL_VENV) || \
-	  { echo "$(PYTHON) cannot make virtual environments; run: sudo apt install $(notdir $(PYTHON))-venv"; exit 1; }
+	  { echo "$(PYTHON) cannot create virtual environments; run: sudo apt install $(notdir $(PYTHON))-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch .venv/ready

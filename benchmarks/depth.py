@@ -1,14 +1,14 @@
-"""Is a deep stack healthy, before training and after? The numbers of docs/depth.md that no clock is needed for.
+"""Measures deep models before and after training: activations, gradients, coefficients, accuracy (docs/depth.md).
 
     python benchmarks/depth.py start --out start.json
     python benchmarks/depth.py train --layers 1008 --seed 0 --runs RUNS --out train.json [--unshared]
     python benchmarks/depth.py transfer --checkpoint RUNS/passes_108_0/best.safetensors --out transfer.json
 
-`start` compares ways to begin: how large the stream is before each pass, and the gradient there, for a batch of digits.
-`train` trains on the digits, with recipes/digits_deep.yaml, and records the coefficients after every epoch, and how
-large stream and gradients are in the end. `transfer` puts trained weights into fewer and more passes, and into the
-other named models, whose projections have other widths, and, to tell what those are worth, into one without any; it
-tests them as they are, without training. Each adds a line of JSON to --out, which depth_figures.py draws.
+`start` compares initialisations: the size of the stream before each pass, and of the gradient there, for a batch of
+digits. `train` trains on the digits with recipes/digits_deep.yaml. It records the coefficients after every epoch, and
+the size of stream and gradients after training. `transfer` converts trained weights to fewer and more passes, to the
+other named models, whose projections have other widths, and to a model without projections; it tests the converted
+models without training. Each command appends lines of JSON to --out, which depth_figures.py draws.
 A layer is one pass of attention and MLP.
 """
 
@@ -47,14 +47,14 @@ WAYS: tuple[tuple[ResidualScale, float], ...] = (
     ("one", 0.0),
     ("sqrt", 1.0),
     ("passes", 1.0),
-)  # residual_scale, and where beta begins
+)  # residual_scale, and the initial value of beta
 BATCH = 64
 FACTORS = (0.25, 0.5, 1, 2, 4, 9)  # of the passes
-POINTS = 50  # of a curve over layers
+POINTS = 50  # in a curve over layers
 
 
 def deep(layers: int, scale: ResidualScale = "passes", *, is_unshared: bool = False) -> ModelConfig:
-    """The sibling for 32 pixels, on the digits; unshared: a plain transformer of as many layers, each of its own."""
+    """The named model for 32 pixels and grey images; unshared: a plain transformer with the same number of layers."""
     config = replace(config_of(f"sret_deep_{layers}_32"), in_chans=1, memory="none", residual_scale=scale)
     if not is_unshared:
         return config
@@ -62,8 +62,8 @@ def deep(layers: int, scale: ResidualScale = "passes", *, is_unshared: bool = Fa
     return replace(config, stages=tuple(stages), learnable_residual=False, residual_scale="one")
 
 
-def health(model: SReT, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Mean square of the stream before each layer, and of the loss's gradient there times the size of the batch."""
+def stream_and_gradient(model: SReT, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Mean square of the stream before each layer, and root mean square of the gradient of the summed loss there."""
     streams: list[Tensor] = []
 
     def listen(block: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -89,8 +89,8 @@ def is_coefficient(key: str) -> bool:
     return key.endswith((".alpha", ".beta"))
 
 
-def thinned(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
-    """[layer from 1, value] pairs, evenly spread, with the first and the last."""
+def subsampled(curves: dict[str, list[float]]) -> dict[str, list[list[float]]]:
+    """[layer from 1, value] pairs: at most `POINTS`, evenly spaced, with the first and the last layer."""
 
     def places(count: int) -> list[int]:
         return sorted({round(k * (count - 1) / (POINTS - 1)) for k in range(POINTS)})
@@ -115,18 +115,20 @@ def start(options: argparse.Namespace) -> None:
         for key, parameter in model.named_parameters():
             if key.endswith(".beta"):
                 nn.init.constant_(parameter, beta)
-        curves = health(model, images, labels)
-        slopes = [p.grad.abs().item() for n, p in model.named_parameters() if is_coefficient(n) and p.grad is not None]
-        steepest = max(slopes, default=0.0) / BATCH
+        curves = stream_and_gradient(model, images, labels)
+        gradients = [
+            p.grad.abs().item() for n, p in model.named_parameters() if is_coefficient(n) and p.grad is not None
+        ]
+        largest = max(gradients, default=0.0) / BATCH
         name = "unshared" if is_unshared else f"scale {scale}, beta {beta:g}"
         a, g = curves["activation"], curves["gradient"]
         print(
             f"{layers:5} layers  {name:22} activation {a[0]:.3g} .. {a[-1]:.3g}   gradient {g[0]:.2e} .. {g[-1]:.2e}   "
-            f"of weights {curves['weights_gradient'][0]:.3g}, of a coefficient at most {steepest:.3g}",
+            f"of the weights {curves['weights_gradient'][0]:.3g}, of a coefficient at most {largest:.3g}",
             flush=True,
         )
-        about = {"layers": layers, "way": name, "seed": options.seed, "coefficient_gradient": float(f"{steepest:.4g}")}
-        add(options.out, {"kind": "start", **about, **thinned(curves), **versions()})
+        about = {"layers": layers, "way": name, "seed": options.seed, "coefficient_gradient": float(f"{largest:.4g}")}
+        add(options.out, {"kind": "start", **about, **subsampled(curves), **versions()})
 
 
 def recipe_for(config: ModelConfig, seed: int) -> TrainConfig:
@@ -158,7 +160,7 @@ def trained(options: argparse.Namespace) -> None:
         "test_top1": round(tested.top1, 2),
         "rows": [{key: round(row[key], 4) for key in ("epoch", "train_loss", "val_loss", "val_top1")} for row in rows],
         "coefficients": coefficients,
-        **thinned(health(model, *digits(config))),
+        **subsampled(stream_and_gradient(model, *digits(config))),
         **versions(),
     }
     print(f"{name}: {tested.top1:.2f} % of {tested.count} test images")
@@ -172,13 +174,13 @@ def transferred(options: argparse.Namespace) -> None:
     for factor in FACTORS:
         stages = [replace(s, groups=(1,) * max(1, round(factor * s.num_passes))) for s in config.stages]
         targets.append(replace(config, stages=tuple(stages)))
-    targets += [deep(layers) for layers in DEPTHS if layers != config.depth]  # whose projections have other widths
+    targets += [deep(layers) for layers in DEPTHS if layers != config.depth]  # their projections have other widths
     targets.append(replace(config, stages=tuple(replace(stage, projection_ratio=None) for stage in config.stages)))
     for target in targets:
         other = SReT(target)
         report = transfer(other, model.state_dict(), config)
         tested = evaluate_on(other.eval(), replace(card, config=other.config)).metrics
-        print(f"{config.depth} layers now {other.config.depth}: {tested.top1:.2f} % ({'; '.join(report)})", flush=True)
+        print(f"{config.depth} -> {other.config.depth} layers: {tested.top1:.2f} % ({'; '.join(report)})", flush=True)
         line = {
             "kind": "transfer",
             "from": config.depth,
@@ -190,7 +192,7 @@ def transferred(options: argparse.Namespace) -> None:
 
 
 def spreads(state: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Least, median and greatest of each kind of coefficient, as stored (before the scale)."""
+    """Minimum, median and maximum of each kind of coefficient, as stored (before the scale)."""
     found: dict[str, list[float]] = {}
     for key, value in state.items():
         if is_coefficient(key):

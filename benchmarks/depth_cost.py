@@ -1,12 +1,12 @@
-"""What depth costs: peak memory and time of a step under every policy, the time to compile, and to load an export.
+"""Measures the cost of depth: memory and time of a step with each checkpointing policy, of compilation, of exports.
 
     python benchmarks/depth_cost.py steps --out steps.jsonl [--img_size 224] [--batch_size 8] [--layers 20,108,1008]
     python benchmarks/depth_cost.py compile --out compile.jsonl
     python benchmarks/depth_cost.py export --out export.jsonl [--layers 20,108,1008]
 
-All depths have the width of sret_deep_1008, so that a pass costs the same in all. A step is forward and backward, after
-gradients were let go. Peaks are taken in a process of their own each; times in turns in one process, depth by depth,
-after gradients were compared. A layer is one pass of attention and MLP.
+All depths have the width of sret_deep_1008, so a pass has the same cost in all. A step is forward and backward; the
+gradients of the step before are released first. Each peak is measured in a process of its own. The policies of a depth
+alternate in one process, after a comparison of their gradients. A layer is one pass of attention and MLP.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from sret.version import versions
 
 WIDTH = 64
 POLICIES = ("none", "pass", "nested", "reversible", "truncated:1")
-CLOSE = 1e-3  # of float32 gradients, relative to the greatest: sums in another order
+CLOSE = 1e-3  # of float32 gradients, relative to the largest: sums have another order
 MIB = 2**20
 Step = Callable[[], None]
 
@@ -58,11 +58,11 @@ def step_of(model: SReT, images: Tensor) -> Step:
 
 
 def peak(options: argparse.Namespace) -> None:
-    """In a process of its own: prints the bytes by which a step makes it grow."""
+    """Prints the memory of a step in bytes. Runs in a process of its own."""
     torch.manual_seed(0)
     model = SReT(config(int(options.layers), options.policy, options.img_size)).to(options.device).train()
     images = make_images(options)
-    step_of(model, images[:1])()  # what the first step alone loads
+    step_of(model, images[:1])()  # allocates what only a first step needs
     model.zero_grad()
     step = step_of(model, images)
     print(peak_on_cuda(step, images.device) if images.is_cuda else peak_in_process(step, calls=1))
@@ -77,18 +77,18 @@ def steps(options: argparse.Namespace) -> None:
     wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
         images = make_images(options)
-        contenders, models = {}, {}
+        candidates, models = {}, {}
         for policy in POLICIES:
             torch.manual_seed(0)
             models[policy] = SReT(config(layers, policy, options.img_size)).to(options.device).train()
-            contenders[policy] = step_of(models[policy], images)
-        compare(models, contenders)
+            candidates[policy] = step_of(models[policy], images)
+        compare(models, candidates)
         peaks = {}
         for policy in POLICIES:
             command = [sys.executable, __file__, "peak", "--layers", str(layers), "--policy", policy, *size]
             peaks[policy] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
-        times = alternate(contenders, options.rounds, wait, warm_up=1)
+        times = alternate(candidates, options.rounds, wait, warm_up=1)
         for policy in POLICIES:
             line = {
                 "kind": "step",
@@ -108,12 +108,12 @@ def steps(options: argparse.Namespace) -> None:
     show(options.out)
 
 
-def compare(models: dict[str, SReT], contenders: dict[str, Step]) -> None:
+def compare(models: dict[str, SReT], candidates: dict[str, Step]) -> None:
     """Raises `AssertionError` if gradients of the exact policies differ."""
-    contenders["none"]()
+    candidates["none"]()
     expected = {name: p.grad for name, p in models["none"].named_parameters()}
     for policy in ("pass", "nested"):
-        contenders[policy]()
+        candidates[policy]()
         for name, parameter in models[policy].named_parameters():
             wanted = expected[name]
             assert wanted is not None
@@ -126,7 +126,16 @@ def compare(models: dict[str, SReT], contenders: dict[str, Step]) -> None:
 def show(path: Path) -> None:
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "step"]
     base = next((r["peak_mib"] for r in rows if r["layers"] == 20 and r["policy"] == "pass"), None)
-    table = Table("layers", "policy", "parameters", "peak MiB", "to 20 layers of pass", "seconds", "IQR", "to pass")
+    table = Table(
+        "layers",
+        "policy",
+        "parameters",
+        "peak MiB",
+        "peak / peak of 20 layers with pass",
+        "seconds",
+        "IQR",
+        "time / time with pass",
+    )
     for r in rows:
         to_base = f"{r['peak_mib'] / base:.2f}" if base else ""
         cells = [f"{r['layers']:,}", r["policy"], f"{r['parameters']:,}", f"{r['peak_mib']:,.0f}", to_base]
@@ -135,7 +144,7 @@ def show(path: Path) -> None:
 
 
 def first_step(options: argparse.Namespace) -> None:
-    """In a process of its own: prints seconds of the first compiled step, and of the third."""
+    """Prints the seconds of the first and of the third compiled step. Runs in a process of its own."""
     torch.manual_seed(0)
     model = SReT(replace(config_of(f"sret_deep_{options.layers}_32"), memory=options.policy)).train()
     step = step_of(model, torch.randn(8, 3, 32, 32))
@@ -149,7 +158,7 @@ def first_step(options: argparse.Namespace) -> None:
 
 
 def compiling(options: argparse.Namespace) -> None:
-    """The first step of a model whose passes are compiled, with empty caches, less a later step."""
+    """Measures the compilation time: the first step of a compiled model with empty caches, minus a later step."""
     for layers in (20, 1008):
         for policy in ("none", "nested"):
             with tempfile.TemporaryDirectory() as cache:
@@ -166,7 +175,7 @@ def compiling(options: argparse.Namespace) -> None:
 
 
 def exporting(options: argparse.Namespace) -> None:
-    """Files for both engines: their size, and what a fresh process takes to load one and answer for one image."""
+    """Measures exported files: size, and time and memory of a new process for loading and a first prediction."""
     for layers in map(int, options.layers.split(",")):
         model = SReT(config_of(f"sret_deep_{layers}_32")).eval()
         preprocessing = Preprocessing(img_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -181,7 +190,7 @@ def exporting(options: argparse.Namespace) -> None:
             load_seconds, peak = json.loads(found.splitlines()[-1])
             print(
                 f"{layers:5} layers for {made.engine:12} {made.size / MIB:6.1f} MiB, exported in {seconds:.0f} s; "
-                f"loaded and first answer {load_seconds:.1f} s, {peak / MIB:,.0f} MiB",
+                f"loading and first prediction {load_seconds:.1f} s, {peak / MIB:,.0f} MiB",
                 flush=True,
             )
             line = {"kind": "export", "layers": layers, "engine": made.engine, "mib": round(made.size / MIB, 2)}
@@ -190,17 +199,17 @@ def exporting(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> None:
-    """In a process of its own: prints seconds until the first answer, and the bytes by which the process grew."""
+    """Prints the seconds until the first prediction, and the memory in bytes. Runs in a process of its own."""
     seconds = 0.0
 
-    def answer() -> None:
+    def load_and_predict() -> None:
         nonlocal seconds
         started = time.perf_counter()
         model, card = load_exported(options.file)
         model(torch.zeros(1, 3, *card.preprocessing.img_size))
         seconds = time.perf_counter() - started
 
-    peak = peak_in_process(answer, calls=1)
+    peak = peak_in_process(load_and_predict, calls=1)
     print(json.dumps([seconds, peak]))
 
 

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/depth.md from the lines that depth.py and depth_cost.py wrote.
+"""Draws the figures of docs/depth.md from the output of depth.py and depth_cost.py.
 
 python benchmarks/depth_figures.py docs/results/depth.jsonl docs/results
 """
@@ -20,7 +20,7 @@ Line = Mapping[str, Any]
 COLORS = {20: "#86bce6", 108: "#3f8fcf", 1008: "#0b3d75"}
 WAYS = {
     "scale one, beta 1": ("as published", "#c0392b"),
-    "scale one, beta 0": ("silent branches (beta = 0)", "#8b9198"),
+    "scale one, beta 0": ("beta = 0 at first", "#8b9198"),
     "scale sqrt, beta 1": ("1 / sqrt(passes)", "#e08e2b"),
     "scale passes, beta 1": ("1 / passes", "#0b5fa5"),
     "unshared": ("unshared, plain", "#5a8f3c"),
@@ -45,10 +45,10 @@ def start(lines: Sequence[Line]) -> Figure:
         grid[0, column].set(title=f"{layers:,} layers", yscale="log")
         grid[1, column].set(xlabel="layer", yscale="log")
     grid[0, 0].set(ylabel="mean square of the stream")
-    grid[1, 0].set(ylabel="gradient there, root mean square")
+    grid[1, 0].set(ylabel="root mean square of the gradient")
     finish(grid.flat)
     grid[0, 1].legend(frameon=False, fontsize=8)
-    figure.suptitle("Before training: stream and gradient, layer by layer, for five ways to begin")
+    figure.suptitle("Before training: stream and gradient by layer, for five initialisations")
     return figure
 
 
@@ -63,16 +63,16 @@ def learning(lines: Sequence[Line]) -> Figure:
         grid[0].plot(*zip(*((r["epoch"], r["val_top1"]) for r in line["rows"]), strict=True), label=label, **style)
         grid[1].plot(*zip(*line["activation"], strict=True), **style)
         grid[2].plot(*zip(*line["gradient"], strict=True), **style)
-    grid[0].set(xlabel="epoch", ylabel="validation top-1, %", title="learning the digits")
+    grid[0].set(xlabel="epoch", ylabel="validation top-1, %", title="accuracy on the digits")
     grid[1].set(xlabel="layer", xscale="log", yscale="log", title="mean square of the stream, trained")
-    grid[2].set(xlabel="layer", xscale="log", yscale="log", title="gradient there, root mean square, trained")
+    grid[2].set(xlabel="layer", xscale="log", yscale="log", title="root mean square of the gradient, trained")
     finish(grid)
     grid[0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def coefficients(lines: Sequence[Line]) -> Figure:
-    """Least, median and greatest of each kind of coefficient, epoch by epoch."""
+    """Minimum, median and maximum of each kind of coefficient, by epoch."""
     chosen = [line for line in lines if line["kind"] == "train" and line["way"] == "scale passes"]
     figure, grid = plt.subplots(1, 6, figsize=(13, 3.2), layout="constrained", sharex=True, sharey=True)
     for line in chosen:
@@ -86,7 +86,7 @@ def coefficients(lines: Sequence[Line]) -> Figure:
     grid[0].set(ylabel="coefficient, as stored")
     finish(grid)
     grid[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("Coefficients while training on the digits: median, and from the least to the greatest")
+    figure.suptitle("Coefficients during training on the digits: median, minimum and maximum")
     return figure
 
 
@@ -98,7 +98,11 @@ def steps(lines: Sequence[Line]) -> Figure:
         points = sorted((r["layers"], r["peak_mib"], r["seconds"]) for r in rows if r["policy"] == policy)
         if points:
             layers, peaks, seconds = zip(*points, strict=True)
-            style = {"color": color, "marker": "o", "ls": "--" if policy == "reversible" else "-"}  # it hides `pass`
+            style = {
+                "color": color,
+                "marker": "o",
+                "ls": "--" if policy == "reversible" else "-",
+            }  # dashed, because it covers `pass`
             grid[0].plot(layers, peaks, label=policy, **style)
             grid[1].plot(layers, seconds, label=policy, **style)
     first = rows[0]

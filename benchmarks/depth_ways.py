@@ -1,13 +1,12 @@
-"""What keeps a deep stack healthy? One thing changed at a time, trained on the digits.
+"""Trains deep models on the digits with one change at a time: initialisation, scale, norms, warm-up, clipping.
 
     OMP_NUM_THREADS=1 python benchmarks/depth_ways.py --layers 108 --runs RUNS --out results.jsonl
     OMP_NUM_THREADS=1 python benchmarks/depth_ways.py --layers 1008 --epochs 4 --runs RUNS --out results.jsonl
 
-Where coefficients begin and on which scale they are learned, where the norms stand, warm-up, clipping: each way is
-trained with recipes/digits_deep.yaml, changed in nothing else (but --epochs, with warm-up in proportion), and adds a
-line of JSON to --out, with the commit of the moment. A run that is found in --runs is not trained again, and one that
-was cut off goes on. `--ways` takes some of them only, so that several processes share the work. A layer is one pass of
-attention and MLP.
+Each variant is trained with recipes/digits_deep.yaml, without other changes (except --epochs, with warm-up in
+proportion), and appends a line of JSON to --out. A run that is finished in --runs is not trained again, and an
+interrupted one is resumed. `--ways` selects some variants, so that several processes can share the work. A layer is one
+pass of attention and MLP.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from depth import DEPTHS, add, deep, digits, health, recipe_for
+from depth import DEPTHS, add, deep, digits, recipe_for, stream_and_gradient
 from torch import Tensor, nn
 
 from sret import InputError, SReT
@@ -37,7 +36,7 @@ NormPlace = Literal["before", "on the branch", "on the stream"]
 
 @dataclass(frozen=True)
 class Way:
-    """How coefficients begin and are learned, where norms stand, and what restrains the first steps."""
+    """One variant: initial coefficients and their scale, position of the norms, warm-up, clipping."""
 
     scale: ResidualScale = "passes"
     first_beta: Callable[[int], float] = lambda passes: 1.0
@@ -90,7 +89,7 @@ FORWARD = {
 
 @contextmanager
 def built(way: Way) -> Iterator[None]:
-    """Every model made within begins as `way` says, and has its norms there."""
+    """Models that are created in this context have the initial coefficients and norms of `way`."""
     make = SReT.__init__
 
     def begin(self: SReT, *args: Any, **kwargs: Any) -> None:
@@ -109,11 +108,11 @@ def built(way: Way) -> Iterator[None]:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One way, from its first pass to the test images."""
+    """Trains and tests one variant."""
     way = WAYS[name]
     config = deep(options.layers, way.scale)
     recipe = recipe_for(config, options.seed)
-    warmup_epochs = recipe.warmup_epochs * options.epochs / recipe.epochs  # as large a part of the run
+    warmup_epochs = recipe.warmup_epochs * options.epochs / recipe.epochs  # the same part of the run
     recipe = replace(recipe, epochs=options.epochs, warmup_epochs=warmup_epochs if way.warms_up else 0)
     if not way.clips:
         recipe = replace(recipe, clip_grad=None)
@@ -121,7 +120,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     out = options.runs / f"{options.layers}_{options.epochs}_{options.seed}_{slug}"
     with built(way):
         torch.manual_seed(options.seed)
-        first = health(SReT(config), *digits(config))
+        first = stream_and_gradient(SReT(config), *digits(config))
         line = {
             "kind": "way",
             "layers": config.depth,
@@ -162,9 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.ways:
         line = measure(name, options)
         a, g = line["activation"], line["gradient"]
-        answer = "lost" if "lost" in line else f"{line['test_top1']:.2f} %"
+        result = "not finite" if "lost" in line else f"{line['test_top1']:.2f} %"
         print(
-            f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {answer}", flush=True
+            f"{line['way']:46} stream {a[0]:.3g} .. {a[1]:.3g}  gradient {g[0]:.2e} .. {g[1]:.2e}  {result}", flush=True
         )
         add(options.out, line)
 

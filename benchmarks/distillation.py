@@ -1,11 +1,11 @@
-"""Fast distillation against a teacher that answers online, in seconds per training step.
+"""Measures a training step with stored soft labels, with an online teacher, and with the labels of the data.
 
     python benchmarks/distillation.py --images FOLDER [--student sret_t] [--teacher regnety_160] [--batch-size 16]
 
-Three contenders take turns in one process: the data set's labels, a teacher asked in every step, and stored answers
-replayed. A step loads and crops its images (one process does everything), asks the teacher if there is one, and
-trains the student: forward, backward, AdamW. Before that it is checked that stored answers are what the teacher says
-of the replayed images. Weights are random, which changes no time; the images are real files.
+The three candidates alternate in one process. A step loads and crops its images in the same process, computes the
+teacher's predictions if the teacher is online, and trains the student: forward, backward, AdamW. Before the measurement
+the stored predictions are compared with the teacher's. Weights are random, which does not change the time. The images
+are real files.
 """
 
 import argparse
@@ -42,7 +42,7 @@ CROPS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="a folder with images anywhere below it")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of images, also in sub-folders")
     parser.add_argument("--student", default="sret_t")
     parser.add_argument("--teacher", default="regnety_160", help="a model of timm")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -56,7 +56,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     device = torch.device(options.device)
     files = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in image_suffixes())
-    for k, path in enumerate(files[: 4 * options.batch_size]):  # two classes, so that it is a data set
+    for k, path in enumerate(files[: 4 * options.batch_size]):  # a data set needs two classes
         (folder / "data" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
         (folder / "data" / "ab"[k % 2] / f"{k}{path.suffix}").symlink_to(path.resolve())
     torch.manual_seed(0)
@@ -76,64 +76,68 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     model, own = load_teacher(options.teacher, distillation.teacher_weights, data.class_names)
     teacher = Teacher(model, own, 3, 1.0).to(device)
     cropped = TrainDataset(data.split("train"), preprocessing, Augmentation())
-    replayed = SoftLabelDataset(folder / "labels", data, preprocessing)
-    check(replayed, teacher, own == preprocessing, device)
+    stored_set = SoftLabelDataset(folder / "labels", data, preprocessing)
+    check(stored_set, teacher, own == preprocessing, device)
 
     student = SReT(student_config).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     criterion = SoftTargetCrossEntropy()
 
-    def step(dataset: TrainDataset, asks: bool) -> None:
+    def step(dataset: TrainDataset, is_online: bool) -> None:
         items = [dataset[SampleIndex(i % num_images, 0)] for i in range(options.batch_size)]
         images = torch.stack([item[0] for item in items]).to(device)
         labels = torch.stack([torch.as_tensor(item[1]) for item in items]).to(device)
-        targets = teacher(images) if asks else soft_targets(labels, 2, 0.0)
+        targets = teacher(images) if is_online else soft_targets(labels, 2, 0.0)
         criterion(student(preprocessing.normalize(images)), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    contenders: dict[str, Callable[[], None]] = {
-        "labels of the data": lambda: step(cropped, asks=False),
-        "teacher online": lambda: step(cropped, asks=True),
-        "answers replayed": lambda: step(replayed, asks=False),
+    candidates: dict[str, Callable[[], None]] = {
+        "labels of the data": lambda: step(cropped, is_online=False),
+        "teacher online": lambda: step(cropped, is_online=True),
+        "stored predictions": lambda: step(stored_set, is_online=False),
     }
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
     for turn in range(options.rounds + 1):
-        for contender, run in contenders.items():
+        for candidate, run in candidates.items():
             started = time.perf_counter()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:  # the first one warms up
-                seconds[contender].append(time.perf_counter() - started)
+                seconds[candidate].append(time.perf_counter() - started)
 
-    stored = sum(path.stat().st_size for path in (folder / "labels").iterdir() if path.name != MANIFEST)
+    stored_bytes = sum(path.stat().st_size for path in (folder / "labels").iterdir() if path.name != MANIFEST)
     print(f"student {options.student}, teacher {options.teacher}, batch {options.batch_size}, float32, {device}")
     print(f"{versions()}, {platform.machine()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores\n")
-    print(f"{'a training step':<20} {'median s':>9} {'IQR s':>7} {'of online':>10}")
+    print(f"{'a training step':<20} {'median s':>9} {'IQR s':>7} {'/ online':>10}")
     online = seconds["teacher online"]
     rows = {}
-    for contender, times in seconds.items():
+    for candidate, times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4)
         ratio = statistics.median(a / b for a, b in zip(times, online, strict=True))
-        rows[contender] = {"median_s": median, "iqr_s": high - low, "of_online": ratio}
-        print(f"{contender:<20} {median:>9.3f} {high - low:>7.3f} {ratio:>10.2f}")
-    saved = rows["teacher online"]["median_s"] - rows["answers replayed"]["median_s"]
-    per_crop = {"labelling_s": labelling, "saved_s": saved / options.batch_size, "bytes": stored / CROPS / num_images}
+        rows[candidate] = {"median_s": median, "iqr_s": high - low, "of_online": ratio}
+        print(f"{candidate:<20} {median:>9.3f} {high - low:>7.3f} {ratio:>10.2f}")
+    saved = rows["teacher online"]["median_s"] - rows["stored predictions"]["median_s"]
+    per_crop = {
+        "labelling_s": labelling,
+        "saved_s": saved / options.batch_size,
+        "bytes": stored_bytes / CROPS / num_images,
+    }
     uses = per_crop["labelling_s"] / per_crop["saved_s"]
-    print(f"\na crop: {labelling:.3f} s to label, once, and {per_crop['bytes']:.0f} bytes; {per_crop['saved_s']:.3f} s")
-    print(f"saved each time it is replayed: it has paid after {uses:.1f} uses")
+    print(f"\nper crop: {labelling:.3f} s to compute its prediction once; {per_crop['bytes']:.0f} bytes on disk")
+    print(f"each use saves {per_crop['saved_s']:.3f} s, so storing saves time from {uses:.1f} uses on")
     about = {"student": options.student, "teacher": options.teacher, "batch_size": options.batch_size}
     machine = {"device": str(device), "threads": torch.get_num_threads(), **versions()}
     print(json.dumps({"benchmark": "distillation", **about, **machine, "step": rows, "crop": per_crop}))
 
 
-def check(replayed: SoftLabelDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
-    """Stored answers are the teacher's of the replayed images; at another size or normalisation, nearly."""
+def check(stored: SoftLabelDataset, teacher: Teacher, is_same_view: bool, device: torch.device) -> None:
+    """Stored predictions equal the teacher's for the same crops; at another size or normalisation nearly."""
     for i in range(3):
-        image, target, _ = replayed[SampleIndex(i, 0)]
-        answer = teacher(image[None].to(device))[0].cpu()
-        torch.testing.assert_close(answer, target, atol=2e-3 if is_same_view else 0.1, rtol=0)
+        image, target, _ = stored[SampleIndex(i, 0)]
+        prediction = teacher(image[None].to(device))[0].cpu()
+        torch.testing.assert_close(prediction, target, atol=2e-3 if is_same_view else 0.1, rtol=0)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go: the tests marked gpu, the benchmarks, and the CIFAR-10 recipe for as long as
-# there is time; run again, it goes on with that recipe.
+# Runs everything that needs a GPU: the tests marked gpu, the benchmarks, and the CIFAR-10 recipes.
+# A second run skips the finished parts and continues the training.
 #
-#   benchmarks/gpu_round.sh CIFAR10 PICTURES OUT MINUTES
+#   benchmarks/gpu_round.sh CIFAR10 IMAGES OUT MINUTES
 #
-# CIFAR10: a folder of parquet files, or the name cifar10; PICTURES: a folder with photos; OUT receives all results.
+# CIFAR10: a folder of parquet files, or the name cifar10. IMAGES: a folder of photos. OUT: the folder for all results.
+# MINUTES: time limit of recipes/cifar10.yaml. Each of the three recipes with deep models gets a quarter of it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-cifar10=$1 pictures=$2 out=$3 minutes=$4
+cifar10=$1 images=$2 out=$3 minutes=$4
 export PYTHONPATH="$PWD/src" PYTHONUNBUFFERED=1
 mkdir -p "$out"
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$out/device.txt"
 if [ ! -e "$out/tests.txt" ]; then
   python3 -m pytest -m gpu 2>&1 | tee "$out/tests.txt"
-  python3 benchmarks/distillation.py --pictures "$pictures" --batch-size 128 2>&1 | tee "$out/distillation.txt"
+  python3 benchmarks/distillation.py --images "$images" --batch-size 128 2>&1 | tee "$out/distillation.txt"
 fi
 for models in t s; do
   for batch in 1 128 512; do
-    file="$out/answers_${models}_$batch"
-    [ -e "$file.txt" ] || python3 benchmarks/performance.py answers --models $models --batch-size $batch \
+    file="$out/inference_${models}_$batch"
+    [ -e "$file.txt" ] || python3 benchmarks/performance.py inference --models $models --batch-size $batch \
       --engines eager,fused,compile,cudagraphs --figure "$file.png" 2>&1 | tee "$file.txt"
   done
   file="$out/training_${models}_128"

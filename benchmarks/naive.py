@@ -1,8 +1,8 @@
-"""The authors' arithmetic, step by step: what every fast path is compared with, in answers and in time.
+"""Computes a model with the authors' arithmetic. Fast paths are compared with it, in outputs and in time.
 
-The formulas of the paper and of the release's forward, written out over the weights of a `SReT`: attention as two
-matrix products and a softmax, permutations as gathers, both coefficients multiplied with activations, BatchNorm as a
-layer, feature maps in PyTorch's default layout.
+It has the formulas of the paper and of the authors' release, and the weights of a `SReT`. Attention is two matrix
+products and a softmax, permutations are gathers, both coefficients are multiplied with activations, BatchNorm is a
+layer, and feature maps have PyTorch's default layout.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from sret.models.sret import Stage
 
 
 class Naive(nn.Module):
-    """The same function as `model`, whose weights it shares; any mode, size and number of passes, of one stream."""
+    """The same function as `model`, with the same weights, for models with one stream; in any mode and size."""
 
     def __init__(self, model: SReT) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def _attention(attn: SlicedAttention, x: Tensor, num_groups: int) -> Tensor:
 
 
 def _cuts(x: Tensor, num_groups: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Slices of equal length together: their number, their length, their tokens."""
+    """The groups of slices of equal length: number of slices, their length, their tokens."""
     cuts: Sequence[tuple[int, int]] = slice_lengths(x.shape[1], num_groups)
     parts = x.split([slices * length for slices, length in cuts], dim=1)
     for (slices, length), part in zip(cuts, parts, strict=True):

@@ -1,11 +1,11 @@
-"""The numbers of docs/performance.md: answers, slicing and training, each a comparison in one process.
+"""Measures the numbers of docs/performance.md: inference, slicing and training, each in one process.
 
-    python benchmarks/performance.py answers   [--batch-size 16] [--models t|s]
+    python benchmarks/performance.py inference [--batch-size 16] [--models t|s]
     python benchmarks/performance.py slicing   [--engines fused,openvino]
     python benchmarks/performance.py training  [--batch-size 16]
 
-`naive` is the authors' arithmetic over the same weights (naive.py). Weights are random, on which no time depends. Each
-ends in one line of JSON, and `--figure FILE.png` draws it.
+`naive` is the authors' arithmetic with the same weights (naive.py). Weights are random, which does not change the time.
+The last line of the output is JSON with the same data; `--figure FILE.png` draws a figure.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def _sret(name: str) -> sret.SReT:
     return model
 
 
-# The first is what times are divided by, engine by engine; then ours.
+# Times are divided by those of the first model with the same engine. The second model is ours.
 MODELS: dict[str, dict[str, Source]] = {
     "t": {
         "deit_tiny": "deit_tiny_patch16_224",
@@ -54,8 +54,8 @@ MODELS: dict[str, dict[str, Source]] = {
 }
 
 
-def answers(options: argparse.Namespace) -> Report:
-    """Every engine and dtype; the naive formulation in eager float32 alone."""
+def inference(options: argparse.Namespace) -> Report:
+    """All engines and data types; the naive formulation only in eager float32."""
     engines = tuple((options.engines or "eager,fused,compile,onnxruntime,openvino").split(","))
     settings = Settings(
         batch_size=options.batch_size,
@@ -89,7 +89,7 @@ def training(options: argparse.Namespace) -> Report:
 
 
 def slicing(options: argparse.Namespace) -> list[Report]:
-    """Sliced and unsliced, at three sizes: the share of time against the share of multiply-adds."""
+    """Sliced and unsliced models at three image sizes."""
     reports = []
     name = f"sret_{options.models}"
     for pixels, batch_size in ((224, 16), (384, 4), (512, 2)):
@@ -108,7 +108,7 @@ def slicing(options: argparse.Namespace) -> list[Report]:
 
 
 def saved_by_slicing(report: Report) -> list[dict[str, float | str | None]]:
-    """Shares of the unsliced model's multiply-adds, time and memory that slicing saves, in percent."""
+    """The MACs, time and memory that slicing saves, in percent of the unsliced model's."""
     unsliced = {(row.engine, row.dtype): row for row in report.rows if row.model.endswith("_unsliced")}
     shares: list[dict[str, float | str | None]] = []
     for row in report.rows:
@@ -132,10 +132,10 @@ def saved_by_slicing(report: Report) -> list[dict[str, float | str | None]]:
     return shares
 
 
-def against(report: Report) -> list[dict[str, float | str | None]]:
-    """Of each of our rows: how many times as fast as the naive formulation, and time and memory over the peers'.
+def compare(report: Report) -> list[dict[str, float | str | None]]:
+    """Compares each row of sret: speed / speed of the naive formulation, and time and memory / those of other models.
 
-    A peer cannot be fused, so that our fused model stands against the eager peer.
+    Other models cannot be fused, so a fused model of sret is compared with the eager one.
     """
     rows = {(row.model, row.engine, row.dtype): row for row in report.rows}
     naive = rows["naive", "eager", "float32"]
@@ -145,13 +145,13 @@ def against(report: Report) -> list[dict[str, float | str | None]]:
             continue
         entry: dict[str, float | str | None] = {
             "row": f"{row.model}, {row.engine} {row.dtype}",
-            "times as fast as naive": 1 / ratio(row.seconds, naive.seconds),
-            "memory over naive": _quotient(row.peak_mib, naive.peak_mib),
+            "speed / naive": 1 / ratio(row.seconds, naive.seconds),
+            "memory / naive": _quotient(row.peak_mib, naive.peak_mib),
         }
         for peer in dict.fromkeys(other.model for other in report.rows if other.model not in (row.model, "naive")):
             other = rows.get((peer, "eager" if row.engine == "fused" else row.engine, row.dtype))
-            entry[f"time over {peer}"] = ratio(row.seconds, other.seconds) if other else None
-            entry[f"memory over {peer}"] = _quotient(row.peak_mib, other.peak_mib) if other else None
+            entry[f"time / {peer}"] = ratio(row.seconds, other.seconds) if other else None
+            entry[f"memory / {peer}"] = _quotient(row.peak_mib, other.peak_mib) if other else None
         found.append(entry)
     return found
 
@@ -160,7 +160,7 @@ def _quotient(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def _print_against(found: list[dict[str, float | str | None]]) -> None:
+def _print_comparison(found: list[dict[str, float | str | None]]) -> None:
     columns = [name for name in found[0] if any(entry[name] is not None for entry in found)]
     print(" | ".join(f"{name:>28}" if name == "row" else name for name in columns))
     for entry in found:
@@ -174,14 +174,14 @@ def _print_against(found: list[dict[str, float | str | None]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("answers", "slicing", "training"))
+    parser.add_argument("what", choices=("inference", "slicing", "training"))
     parser.add_argument("--models", choices=tuple(MODELS), default="t")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--engines", help="several, with commas")
+    parser.add_argument("--engines", help="such as eager,compile")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--memory", action="store_true", help="peak memory too; each contender in a process of its own")
+    parser.add_argument("--memory", action="store_true", help="also peak memory, each model in a process of its own")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     if options.what == "slicing":
@@ -198,10 +198,10 @@ def main() -> None:
             json.dumps({"benchmark": "slicing", "saved": shares, "reports": [json.loads(r.to_json()) for r in reports]})
         )
         return
-    report = {"answers": answers, "training": training}[options.what](options)
+    report = {"inference": inference, "training": training}[options.what](options)
     print(as_text(report) + "\n")
-    found = against(report)
-    _print_against(found)
+    found = compare(report)
+    _print_comparison(found)
     print(json.dumps({**json.loads(report.to_json()), "benchmark": options.what, "against": found}))
     if options.figure is not None:
         draw(report, options.figure)

@@ -1,8 +1,9 @@
-"""Where the time of an answer goes: kernels by kind, and how near products come to the fastest matrix product.
+"""Measures the time of inference by kind of operation, and the rate of matrix products compared with the fastest one.
 
     python benchmarks/where.py [--batch-size 16] [MODEL...]
 
-Ours are fused, all run eagerly. Times are those of PyTorch's profiler, which makes short kernels look a little longer.
+Models of sret are fused. All models run eagerly. Times are those of PyTorch's profiler, in which short kernels take a
+little longer than without it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from sret.bench.timing import roofline
 from sret.version import versions
 
 CALLS = 5
-KINDS = {  # the first that fits, by a part of a kernel's name
+KINDS = {  # by parts of a kernel's name; the first match counts
     "linear layers, bias and GELU within": ("linear_pointwise", "addmm", "aten::mm", "aten::linear"),
     "attention": ("attention", "bmm", "softmax"),
     "convolutions": ("conv",),
@@ -35,7 +36,7 @@ FLOPS_OF = {"addmm": "linear", "mm": "linear", "bmm": "attention", "baddbmm": "a
 
 
 def seconds_by_kind(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Seconds per call that each kind of kernel takes itself; what calls others counts where the others do."""
+    """Seconds per call and kind of kernel, without the kernels that a kernel calls."""
     with torch.inference_mode():
         for _ in range(3):
             model(images)
@@ -50,7 +51,7 @@ def seconds_by_kind(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def flops_by_kind(model: nn.Module, image: Tensor) -> dict[str, int]:
-    """FLOPs of one image in the kinds that are products; the keys begin as those of `KINDS` do."""
+    """FLOPs of one image by kind of product; the keys are prefixes of those of `KINDS`."""
     with (
         torch.no_grad(),
         torch.backends.mkldnn.flags(enabled=False),
