@@ -1,8 +1,11 @@
 """Small models and settings shared by the tests."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from multiprocessing import util
 from pathlib import Path
+from tempfile import mkdtemp
 
 import processes
 import pytest
@@ -52,6 +55,14 @@ def model(config: ModelConfig) -> SReT:
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def short_path() -> Path:
+    """Like `tmp_path`, short enough for sockets in it. Removed at exit, after the folder that multiprocessing makes."""
+    folder = Path(mkdtemp(dir="/tmp"))
+    util.Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-1000)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -287,11 +287,10 @@ def test_a_run_keeps_its_epochs_and_says_how_to_train_further(whole, tmp_path):
     ],
     ids=["killed", "bus error", "full"],
 )
-def test_a_loading_process_that_ends_is_one_line_and_the_state_is_kept(tmp_path, monkeypatch, capfd, end):
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+def test_a_loading_process_that_ends_is_one_line_and_the_state_is_kept(tmp_path, short_path, monkeypatch, capfd, end):
+    monkeypatch.setenv("TMPDIR", str(short_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
-    (tmp_path / "temporary").mkdir()
     fetch = TrainDataset.fetch
 
     def fetch_or_end(self, index, draw):
@@ -309,13 +308,12 @@ def test_a_loading_process_that_ends_is_one_line_and_the_state_is_kept(tmp_path,
     assert load_state(tmp_path / "run" / STATE)["step"] == 4
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
     # One folder for the sockets of all processes, which this process removes at its exit.
-    assert list((tmp_path / "temporary").iterdir()) == [Path(multiprocessing.current_process()._config["tempdir"])]
+    assert list(short_path.iterdir()) == [Path(multiprocessing.current_process()._config["tempdir"])]
 
 
 @pytest.mark.slow
-def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_line(tmp_path):
-    (tmp_path / "temporary").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_line(tmp_path, short_path):
+    environment = {**os.environ, "TMPDIR": str(short_path)}
     command = command_of(RECIPE, tmp_path / "run", "--num_workers", 14)
     with processes.started(command, stdout=PIPE, env=environment) as process:
         for line in process.stdout:
@@ -324,7 +322,7 @@ def test_a_run_with_many_loading_processes_ends_within_two_seconds_of_its_last_l
         process.wait()
     assert process.returncode == 0
     assert time.monotonic() - said < 2
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
 @pytest.mark.slow
