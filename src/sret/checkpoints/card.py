@@ -37,10 +37,10 @@ class Card:
     """The metadata of a weights file: what the weights are and how to use them.
 
     Attributes:
-        config: rebuilds the model.
-        preprocessing: what turns an image into its input.
+        config: the configuration of the model.
+        preprocessing: how images are prepared for the model.
         class_names: in the order of the logits; empty if unknown.
-        training: where the weights come from: data, epoch, metrics, versions, as plain values.
+        training: the origin of the weights as plain values: recipe, data, epoch, metrics, versions.
         is_fused: whether the weights are those of `fuse(model)`.
     """
 
@@ -58,7 +58,7 @@ class Card:
         return self.class_names[label] if self.class_names else str(label)
 
     def check_classes(self, data_name: str, class_names: tuple[str, ...]) -> None:
-        """Raises `InputError` if the classes of some data, in the order of their labels, are not these."""
+        """Raises `InputError` if the classes of a data set, in the order of their labels, are not those of the card."""
         if self.config.num_classes != len(class_names):
             raise InputError(
                 f"the checkpoint has {self.config.num_classes} classes, {data_name} has {len(class_names)}; "
@@ -73,7 +73,7 @@ class Card:
 
     @classmethod
     def from_json(cls, text: str) -> "Card":
-        """What `to_json` wrote. Raises `InputError` for another format; other errors if it is not a card at all."""
+        """Reads what `to_json` wrote. Raises `InputError` for another format, and other errors for other texts."""
         values = json.loads(text)
         found = values.get("format", 1)
         if found != FORMAT:
@@ -105,14 +105,14 @@ class Card:
 
 
 def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
-    """A safetensors file of the weights, each tensor once, with the card in its metadata."""
+    """Writes weights to a safetensors file, with the card in its metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
     metadata = {"format": "pt", METADATA_KEY: card.to_json(), CHECKSUM_KEY: checksum(tensors)}
     write_atomically(path, save(tensors, metadata=metadata))
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
-    """The model of a weights file, in evaluation mode, and its card.
+    """Loads a weights file: the model, in evaluation mode, and its card.
 
     Raises `InputError` for a file that is missing, damaged, or was not written by `sret`.
     """
@@ -163,7 +163,7 @@ def read_card(path: str | os.PathLike[str], text: str) -> Card:
 
 
 def load(path: str | os.PathLike[str]) -> SReT:
-    """The model of a weights file written by `sret train` or `sret convert`, in evaluation mode.
+    """Loads the model of a weights file written by `sret train` or `sret convert`, in evaluation mode.
 
     Raises `InputError` for a file that is missing, damaged, or was not written by `sret`.
     """

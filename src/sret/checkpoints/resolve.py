@@ -19,12 +19,12 @@ _TAGS = {name.partition(".")[2] for name in RELEASES}
 
 
 def resolve(source: str | os.PathLike[str], variant: str | None = None) -> tuple[SReT, Card]:
-    """The model that a name or path stands for, in evaluation mode, and its card.
+    """Loads a model by name or path: the model, in evaluation mode, and its card.
 
     Args:
         source: a weights file of ours; one of the authors' files; or a published name such as `sret_t.dist_in1k`,
             whose weights are downloaded. An existing file takes precedence over a name.
-        variant: which model the authors' file is; by default found from its shapes and name.
+        variant: the model of the authors' file; by default its shapes and its name decide.
 
     Raises `InputError` for a file that is missing or cannot be read, and for a name that was not published.
     """

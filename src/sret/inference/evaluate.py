@@ -30,7 +30,14 @@ class StopSignal(Protocol):
 
 @dataclass(frozen=True)
 class Metrics:
-    """Accuracies in percent, mean cross-entropy in nats, and the number of images."""
+    """The metrics of an evaluation.
+
+    Attributes:
+        top1: top-1 accuracy in percent.
+        top5: top-5 accuracy in percent.
+        loss: mean cross-entropy in nats.
+        count: number of images.
+    """
 
     top1: float
     top5: float
@@ -131,7 +138,7 @@ def evaluate_on(
     num_workers: int = 0,
     max_corrupt: int = 0,
 ) -> Evaluation:
-    """Evaluates a model on a data set.
+    """Evaluates a model on a data set: metrics, and the prediction for each image.
 
     Args:
         model: takes normalised images.

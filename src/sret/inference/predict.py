@@ -25,6 +25,7 @@ class Prediction:
     """The prediction for one image.
 
     Attributes:
+        path: the image file.
         classes: (name, probability) of the most probable classes, the most probable first.
         error: why the image could not be read, or empty.
     """
@@ -71,13 +72,16 @@ def predict(
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[Prediction]:
-    """One prediction per path, in order. A file that is not an image gives a prediction with an error.
+    """Predicts the classes of image files: one prediction per path, in the same order.
 
-    The model stays on its device and in its precision.
+    A file that is not an image gives a prediction with an error. The model stays on its device and in its precision.
 
     Args:
-        card: of the model's weights file; it has the preprocessing and the class names.
+        model: the model of a weights file or of an exported file.
+        card: of the same file; it has the preprocessing and the class names.
+        paths: image files; `find_images` lists those of a folder.
         top_k: number of classes in a prediction.
+        batch_size: images per batch.
         num_workers: processes that load images.
 
     Raises `InputError` for a model without a classifier, and if outputs are not finite.

@@ -13,7 +13,7 @@ from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig
 
 @dataclass(frozen=True)
 class PassCost:
-    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and multiply-adds."""
+    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and MACs."""
 
     num_groups: int
     slice_length: int
@@ -22,7 +22,7 @@ class PassCost:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: tokens, parameters of its parts, multiply-adds (pool included) and the cost of each pass."""
+    """One stage: tokens, parameters of its parts, MACs (pool included) and the cost of each pass."""
 
     grid: tuple[int, int]
     pool_parameters: int
@@ -100,7 +100,7 @@ def _area(grid: tuple[int, int]) -> int:
 
 
 def _stem(config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Parameters and multiply-adds of the three convolutions, BatchNorm's parameters included."""
+    """Parameters and MACs of the three convolutions, BatchNorm's parameters included."""
     dim = config.stages[0].embed_dim
     channels = [config.in_chans, dim // 2, dim, dim]
     parameters, macs, grid = 0, 0, size

@@ -2,7 +2,7 @@
 
 A layer is one pass of attention and MLP. Most layers are in the cheapest stage: 1/64 of them in the first stage, a
 quarter in the second, the rest in the third, which has the fewest tokens. The linear layers of a pass need the same
-number of multiply-adds in each stage (channels double where tokens become a quarter), but attention makes a pass of the
+number of MACs in each stage (channels double where tokens become a quarter), but attention makes a pass of the
 first stage two to three times as expensive, and its input takes twice the memory of the second stage's and four times
 that of the third's. Nothing is sliced: attention is a tenth of the cost of all passes.
 """

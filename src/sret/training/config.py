@@ -44,7 +44,7 @@ class TrainConfig:
             sret_t.dist_in1k. Their depth, classes, channels and image size may differ. By default random.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
-        optimizer: an optimizer of timm.
+        optimizer: AdamW, SGD, LAMB, Lion, NAdamW or ADOPT of timm.
         learning_rate: the maximum, after warm-up. It is not scaled with the batch size.
         min_learning_rate: the end of the cosine schedule.
         warmup_epochs: epochs of linear warm-up; may be a fraction.

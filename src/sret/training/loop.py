@@ -25,6 +25,7 @@ from sret.inference.evaluate import evaluate
 from sret.inference.png_report import write_png
 from sret.inference.statistics import Statistics
 from sret.models.config import ModelConfig
+from sret.ranges import PositiveInt, check_number
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.teacher import soft_targets
@@ -57,19 +58,23 @@ def train(
     """Trains a model; writes the best and last weights, the state, metrics and a report to `out`.
 
     Args:
-        out: a folder without a run, unless `resume` is "auto", which continues the run in it.
-        max_steps: stop after this many optimizer steps in total; the run can be resumed.
+        config: the recipe.
+        out: the folder of the run. It must not have a run, unless `resume` is "auto".
+        resume: "auto" continues the run in `out`, or starts one if there is none.
+        max_steps: stop after this many steps in total; the run can be resumed.
         runtime: how this machine computes the steps.
         on_metrics: is called with the metrics of the latest steps, about once a second.
 
-    Returns the path of the best weights (of the last ones, if it stopped during the first epoch).
-    Raises `InputError` for an occupied folder, or one that another run writes to; data that does not fit the model; the
-    state of another run; a step that runs out of memory.
+    Returns the path of the best weights, or of the last weights if the run stopped during the first epoch.
+
+    Raises `InputError` if the folder has a run or is in use, if the data do not fit the model, if the run in `out` has
+    another recipe, and if a step runs out of memory.
+
     Raises `KeyboardInterrupt` or `SystemExit` after Ctrl-C or SIGTERM, when the step is done and the state is saved.
     """
     runtime = runtime or RuntimeConfig()
-    if max_steps is not None and max_steps < 1:
-        raise InputError(f"max_steps is {max_steps}; it must be at least 1")
+    if max_steps is not None:
+        check_number("max_steps", max_steps, PositiveInt)
     check_output_dir(out, config.data)
     accelerator = distributed.make_accelerator(config, runtime, out)
     with locked(out):

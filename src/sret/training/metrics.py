@@ -157,7 +157,7 @@ def describe(console: Console, model: SReT, data: ImageData) -> None:
     )
     console.print(
         f"Model   {cost.parameters:,} parameters; {model.config.depth} layers (blocks x passes: {passes}); "
-        f"{cost.flops / 1e6:,.1f} MFLOPs ({cost.macs / 1e6:,.1f} M multiply-adds) for a {height}x{width} image",
+        f"{cost.flops / 1e6:,.1f} MFLOPs ({cost.macs / 1e6:,.1f} M MACs) for a {height}x{width} image",
         soft_wrap=True,
     )
 
