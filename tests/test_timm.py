@@ -8,10 +8,12 @@ import timm
 import torch
 from conftest import small_config
 from timm.data import resolve_data_config
+from timm.layers import set_fused_attn
 from timm.models import create_feature_extractor, get_graph_node_names, save_for_hf
+from torch.utils.checkpoint import checkpoint
 
 import sret
-from sret import SReT
+from sret import InputError, SReT
 from sret.checkpoints.card import Card, save_weights
 from sret.data.preprocess import Preprocessing
 
@@ -124,6 +126,130 @@ def test_tracing_and_compiling_for_any_size():
     sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     exported = torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
     torch.testing.assert_close(exported(wide), model(wide))
+
+
+def test_maps_of_the_stem_come_first_where_asked_for():
+    plain = small("sret_t", features_only=True)
+    options = {"features_only": True, "stem_features": True}
+    model = small("sret_t", **options)
+    model.load_state_dict(plain.state_dict())
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    x = images(model.model, 2)
+    with torch.no_grad():
+        found, stages = model(x), plain(x)
+        nhwc = model.model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert [tuple(y.shape[1:]) for y in found[:2]] == [(32, 32, 32), (64, 16, 16)]
+    assert [tuple(y.shape[1:]) for y in nhwc[:2]] == [(32, 32, 32), (16, 16, 64)]
+    assert model.feature_info.channels() == [y.shape[1] for y in found]
+    for one, other in zip(found[2:], stages, strict=True):
+        assert torch.equal(one, other)
+    stem = model.model.stem
+    torch.testing.assert_close(found[0], stem.bn1(stem.conv1(x)).relu())
+    torch.testing.assert_close(found[1], stem.bn2(stem.conv2(found[0])).relu())
+
+
+@pytest.mark.parametrize(("stride", "reductions"), [(8, [2, 4, 8]), (4, [2, 4, 8]), (2, [2, 4, 8]), (1, [1, 2, 4])])
+def test_maps_of_the_stem_have_a_resolution_of_their_own(stride, reductions):
+    options = {"features_only": True, "stem_features": True, "stem_stride": stride, "img_size": 32}
+    model = timm.create_model("sret_t_unsliced", **options)
+    assert model.feature_info.reduction()[:3] == reductions
+    x = torch.randn(1, 3, 32, 32)
+    assert [32 // y.shape[2] for y in model(x)][:3] == reductions
+    first = timm.create_model("sret_t_unsliced", **options, out_indices=(0,))
+    assert torch.equal(first.eval()(x)[0], first.model.forward_intermediates(x, [0], intermediates_only=True)[0])
+    assert len(first.model.stages) == 1
+
+
+def test_maps_of_the_stem_are_given_by_one_kind_of_extractor():
+    with pytest.raises(InputError, match="stem_features needs feature_cls 'getter', not 'hook'"):
+        small("sret_t", features_only=True, stem_features=True, feature_cls="hook")
+
+
+def test_a_name_can_stand_for_options():
+    sret.registry.register("sret_grey", "sret_t", in_chans=1, img_size=96, stages=SReT(small_config()).config.stages)
+    try:
+        model = timm.create_model("sret_grey", num_classes=3)
+        assert (model.in_chans, model.config.img_size, len(model.stages)) == (1, (96, 96), 3)
+        assert model.num_classes == 3
+        assert timm.create_model("sret_grey", features_only=True, stem_features=True).feature_info.channels()[0] == 8
+    finally:
+        timm.models._registry._model_entrypoints.pop("sret_grey")
+        timm.models._registry._module_to_models["registry"].discard("sret_grey")
+    with pytest.raises(InputError, match="did you mean 'sret_t'"):
+        sret.registry.register("mine", "sret_tt")
+    with pytest.raises(InputError, match="'a/b' is not a name for timm"):
+        sret.registry.register("a/b", "sret_t")
+
+
+def penalty(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The squared norm of the gradient of the images, as a function of the weights."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return grad.square().sum()
+
+
+@pytest.mark.parametrize("permutation", ["random", "strided"])
+def test_second_derivatives_without_fused_attention(permutation):
+    model = SReT(small_config(permutation=permutation)).double().eval()
+    x = images(model).double()
+    with pytest.raises(RuntimeError, match=r"call timm\.layers\.set_fused_attn\(False\)"):
+        penalty(model, x)
+    fused = model(x)
+    set_fused_attn(False)
+    try:
+        torch.testing.assert_close(model(x), fused)
+        penalty(model, x).backward()
+        weight = model.stages[1].recursions[0].block.attn.branch.qkv.weight
+        direction, numbers = torch.randn_like(weight), []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight.add_(direction, alpha=step)
+            numbers.append(penalty(model, x).item())
+            with torch.no_grad():
+                weight.sub_(direction, alpha=step)
+    finally:
+        set_fused_attn(True)
+    torch.testing.assert_close(
+        (weight.grad * direction).sum().item(), (numbers[0] - numbers[1]) / 2e-5, rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(("memory", "reversible"), [("pass", False), ("reversible", True)])
+def test_second_derivatives_of_recomputed_passes_are_refused(memory, reversible):
+    model = SReT(small_config(memory=memory, reversible=reversible))
+    with pytest.raises(RuntimeError, match="use memory 'none'"):
+        penalty(model, images(model))
+
+
+def test_permutations_of_training_obey_the_seed():
+    model = SReT(small_config()).train()
+    model.stem.eval()
+    x = images(model, 2)
+
+    def after(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(x)
+
+    first = after(1)
+    assert not torch.equal(model(x), first)
+    assert torch.equal(after(1), first)
+    assert not torch.equal(after(2), first)
+
+
+def test_a_checkpointed_stage_repeats_its_permutations():
+    """`torch.utils.checkpoint` restores the state of torch's generator before it computes a stage again."""
+    model = SReT(small_config()).double().train()
+    x, grads = images(model, 2).double(), []
+    for is_checkpointed in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        tokens = model.pos_embed(model.stem(x))
+        for stage in model.stages:
+            tokens = checkpoint(stage, tokens, use_reentrant=False) if is_checkpointed else stage(tokens)
+        model.forward_head(tokens).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_device_dtype_and_pooling_are_options():

@@ -1,6 +1,6 @@
 """Registers the named models with timm: `import sret; timm.create_model("sret_t", pretrained=True)`."""
 
-from dataclasses import replace
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +8,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from sret.checkpoints import download
-from sret.errors import InputError, did_you_mean
-from sret.models.config import ModelConfig
+from sret.errors import InputError
+from sret.models.config import ModelConfig, num_stem_maps
 from sret.models.timm_cfg import timm_cfg
 from sret.models.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
@@ -37,6 +37,10 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     from sret.checkpoints.adapt import transfer_file
     from sret.models.sret import SReT
 
+    has_stem_features = kwargs.pop("stem_features", False)
+    feature_cls = kwargs.get("feature_cls", "getter")
+    if has_stem_features and feature_cls != "getter":
+        raise InputError(f"stem_features needs feature_cls 'getter', not {feature_cls!r}")
     source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     path: Path | str | None = None
     if pretrained and not source.state_dict:
@@ -46,17 +50,14 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
             path = download.fetch(str(source.url))
 
     def build(cfg: ModelConfig, device: Any = None, dtype: Any = None, **options: Any) -> "SReT":
-        names = list(cfg.to_dict())
-        for name in options:
-            if name not in names:
-                raise InputError(
-                    f"a model has no option {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
-                )
-        model = SReT(replace(cfg, **options)).to(device, dtype)
+        model = SReT(cfg.with_changes(options), has_stem_features).to(device, dtype)
         if path:  # now, because timm removes what `features_only` does not need afterwards
             transfer_file(model, path)
         return model
 
+    num_maps = len(kwargs.get("stages", CONFIGS[variant].stages))
+    if has_stem_features:
+        num_maps += num_stem_maps(kwargs.get("stem_stride", CONFIGS[variant].stem_stride))
     return build_model_with_cfg(
         build,
         variant,
@@ -64,7 +65,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         model_cfg=CONFIGS[variant],
         pretrained_filter_fn=_resized,
         feature_cfg={
-            "out_indices": tuple(range(len(CONFIGS[variant].stages))),
+            "out_indices": tuple(range(num_maps)),
             "feature_cls": "getter",
             "flatten_sequential": True,
         },
@@ -83,14 +84,28 @@ def _resized(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {**state_dict, "pos_embed.weight": resize(state_dict["pos_embed.weight"], (grid[0], grid[1]))}
 
 
-def _register(variant: str) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(variant, pretrained, **kwargs)
+def register(name: str, variant: str, **options: Any) -> None:
+    """Registers a named model with other options under a new name, for libraries that take only a name of timm.
 
-    entrypoint.__name__ = entrypoint.__qualname__ = variant
+        sret.registry.register("sret_t_stem", "sret_t", stem_features=True)
+        segmentation_models_pytorch.Unet("tu-sret_t_stem")
+
+    Args:
+        options: of `timm.create_model`: fields of `ModelConfig`, and `stem_features`.
+
+    Raises `InputError` for an unknown variant, and for a name that timm does not allow.
+    """
+    config_of(variant)
+    if not re.fullmatch(r"\w+", name):
+        raise InputError(f"{name!r} is not a name for timm; use letters, digits and _")
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(variant, pretrained, **{**options, **kwargs})
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"{variant}, see `sret info {variant}`."
     register_model(entrypoint)
 
 
 for _variant in CONFIGS:
-    _register(_variant)
+    register(_variant, _variant)

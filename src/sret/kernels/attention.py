@@ -8,11 +8,12 @@ Letters: S sequences, H heads, M tokens in a sequence, D channels of a head.
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from sret.kernels.conditions import is_transformed
+from sret.kernels.second_order import FUSED, first_order, refuse_graph
 
 CHUNK_SCORES = 2**20  # attention scores per chunk: 2 MiB in bfloat16, which stay in cache
 
@@ -20,15 +21,28 @@ CHUNK_SCORES = 2**20  # attention scores per chunk: 2 MiB in bfloat16, which sta
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q, k and v, each (S, H, M, D) with any strides, -> (S, H, M, D), by PyTorch's fused kernel.
 
+    timm's switch `timm.layers.set_fused_attn(False)` selects the formula, which has second derivatives.
+
     Exception: training in half precision on CPUs. There the backward of the fused kernel was measured up to five times
     slower than matrix products (docs/performance.md), so these compute backward.
     """
+    if not use_fused_attn():
+        return formula(q, k, v)
     is_slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if is_slow and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         if torch.compiler.is_compiling() or is_transformed():
             return formula(q, k, v)
         return _MatrixProductBackward.apply(q, k, v)
-    return scaled_dot_product_attention(q, k, v)
+    x = scaled_dot_product_attention(q, k, v)
+    # Without this hook, torch names an operator instead of what would work. torch.func always asks for a graph.
+    has_hook = x.grad_fn is not None and not (torch.compiler.is_compiling() or is_transformed())
+    if has_hook and x.grad_fn.name().startswith("ScaledDotProduct"):  # torch's own formula has second derivatives
+        x.register_hook(_refuse_graph)
+    return x
+
+
+def _refuse_graph(_: Tensor) -> None:
+    refuse_graph(FUSED)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,7 +63,7 @@ class _MatrixProductBackward(torch.autograd.Function):
         return scaled_dot_product_attention(q, k, v)
 
     @staticmethod
-    @once_differentiable
+    @first_order(FUSED)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         S, H, M, D = grad.shape
         # Memory order (S, M, H, D), as q, k and v have it, so that a view as (S, M, C) needs no copy.

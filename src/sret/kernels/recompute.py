@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from sret.kernels.checkpointing import kept_steps, split
 from sret.kernels.conditions import autocast_dtype, is_transformed
+from sret.kernels.second_order import RECOMPUTED, first_order
 
 
 class Chain:
@@ -182,7 +182,7 @@ class _Recomputed(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
+    @first_order(RECOMPUTED)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         recomputation, _ = ctx.recomputation, ctx.saved_tensors
         if not ctx.kept:

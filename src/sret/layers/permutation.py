@@ -4,11 +4,12 @@ Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.0
 around sliced self-attention. The whole batch shares one permutation.
 
 Deviation: the authors draw from the global generator in evaluation too, so that their logits change from call to call.
-Here training draws permutation number k from a generator seeded by (seed, k), which makes a run reproducible and its
-state two integers; evaluation uses one fixed permutation per sequence length, the same on every machine.
+Here evaluation uses one fixed permutation per sequence length, the same on every machine. Training draws them from
+torch's generator, as dropout does; or, if a seed is set, number k from a generator seeded by (seed, k), which makes a
+run reproducible and its state two integers (`sret train` does so).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,9 +93,12 @@ class Permuter:
     Its state is `seed` and `count`, the number of permutations drawn so far (`state_dict`, `load_state_dict`). Equal
     states give equal permutations on one type of device, so all processes of a distributed run use the same ones (a CPU
     and a GPU draw different ones).
+
+    Without a seed, permutations come from torch's global generator of the device: they obey `torch.manual_seed`, and
+    are repeated by what saves or restores its state, such as `torch.utils.checkpoint` and accelerate's `save_state`.
     """
 
-    def __init__(self, kind: str = "random", seed: int = 0) -> None:
+    def __init__(self, kind: str = "random", seed: int | None = 0) -> None:
         self.kind = kind
         self.seed = seed
         self.count = 0
@@ -111,17 +115,20 @@ class Permuter:
 
     @torch.compiler.disable  # a seeded generator cannot be traced; its result can be used by traced code
     def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
+        if self.seed is None:
+            self.count += 1
+            return torch.randperm(num_tokens, device=device)
         # Large odd factors spread neighbouring seeds and counts over all non-negative int64.
         seed = (self.seed * 0x9E3779B97F4A7C15 + self.count * 0xD1B54A32D192ED03) & (2**63 - 1)
         self.count += 1
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randperm(num_tokens, generator=generator, device=device)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | None]:
         return {"seed": self.seed, "count": self.count}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed, self.count = state["seed"], state["count"]
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        self.seed, self.count = state["seed"], state["count"] or 0
 
 
 class CachedPermuter(Permuter):

@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sret.errors import InputError
 from sret.kernels.recompute import SECOND_BACKWARD, Chain, Recomputation, RNGState, is_recomputable
+from sret.kernels.second_order import RECOMPUTED, first_order
 from sret.layers.block import Block
 from sret.layers.permutation import Permutation
 from sret.layers.recursion import CompiledPass, Recursion
@@ -100,7 +100,7 @@ class _Reversible(torch.autograd.Function):
         return (streams[0] + streams[1]) / 2
 
     @staticmethod
-    @once_differentiable
+    @first_order(RECOMPUTED)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         recomputation, streams, _ = ctx.recomputation, ctx.streams, ctx.saved_tensors
         if streams is None:

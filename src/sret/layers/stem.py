@@ -30,13 +30,16 @@ class ConvStem(nn.Module):
         self.conv3 = nn.Conv2d(embed_dim, embed_dim, 3, third, padding=1)
         self.bn3 = nn.BatchNorm2d(embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """The output of the last convolution; those of all three are appended to `maps`."""
         # Channels last from here on: convolutions are faster, and tokens are a view of the feature map.
         if not is_transformed():
             x = x.contiguous(memory_format=torch.channels_last)
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             # In place, unless a hook may keep BatchNorm's output: these are the model's largest tensors.
             x = relu(bn(conv(x)), inplace=not has_hooks(bn))
+            if maps is not None:
+                maps.append(x)
         return x
 
     def fold(self) -> None:

@@ -22,6 +22,11 @@ PermutationKind = Literal["random", "strided"]
 ResidualScale = Literal["one", "sqrt", "passes"]
 
 
+def num_stem_maps(stem_stride: int) -> int:
+    """Feature maps inside the stem: at strides 2, 4, ... below the stem's own."""
+    return sum(stride > 1 for stride in STEM_STRIDES[stem_stride][1:])
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: distinct blocks, each applied once per entry of `groups`, a projection after every pass.
@@ -188,10 +193,12 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The config that `to_dict` wrote. Raises `InputError` naming unknown or missing fields."""
         stages = values.get("stages")
-        if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
+        if not isinstance(stages, list | tuple) or not all(
+            isinstance(stage, Mapping | StageConfig) for stage in stages
+        ):
             raise InputError(f"stages must be a list of stage configurations, not {stages!r}")
-        known = _known_fields(cls, values)
-        return cls(**{**known, "stages": tuple(StageConfig(**_known_fields(StageConfig, s)) for s in stages)})
+        found = (s if isinstance(s, StageConfig) else StageConfig(**_known_fields(StageConfig, s)) for s in stages)
+        return cls(**{**_known_fields(cls, values), "stages": tuple(found)})
 
     def with_changes(self, changes: Mapping[str, Any]) -> "ModelConfig":
         """This config with some fields changed, given as plain values. Raises `InputError` as `from_dict` does."""

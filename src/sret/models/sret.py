@@ -29,7 +29,7 @@ from sret.layers import (
     Recursion,
     ReversibleRecursion,
 )
-from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig
+from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig, num_stem_maps
 from sret.models.timm_cfg import timm_cfg
 
 
@@ -101,24 +101,32 @@ class Stage(nn.Module):
 class SReT(nn.Module):
     """A Sliced Recursive Transformer built from a `ModelConfig`.
 
+    Args:
+        stem_features: whether the feature maps (`feature_info`, `forward_intermediates`) begin with those inside the
+            stem: strides 2 and 4 before the first stage's 8, as decoders for segmentation and detection expect them.
+
     Images are (B, in_chans, H, W), normalised as the weights expect (see `default_cfg`); H and W may be any sizes whose
-    tokens can be sliced. `permuter` draws the token permutations; its state belongs in a training checkpoint.
+    tokens can be sliced. `permuter` draws the token permutations: from torch's generator, unless it has a seed.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stem_features: bool = False) -> None:
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
         self.in_chans = config.in_chans
         self.global_pool = config.global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = config.stages[-1].embed_dim
-        permuter = Permuter(config.permutation)
+        permuter = Permuter(config.permutation, seed=None)
 
         dims = [stage.embed_dim for stage in config.stages]
         self.stem = ConvStem(config.in_chans, dims[0], STEM_STRIDES[config.stem_stride])
         self.pos_embed = PositionEmbedding(dims[0], config.grids()[0])
         stages = []
-        self.feature_info: list[dict[str, Any]] = []
+        self._num_stem_maps = num_stem_maps(config.stem_stride) if stem_features else 0
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": (dims[0] // 2, dims[0])[i], "reduction": 2 ** (i + 1), "module": f"stem.bn{i + 1}"}
+            for i in range(self._num_stem_maps)
+        ]
         depth_before = 0
         for i, stage in enumerate(config.stages):
             # As in the authors' code, distinct block j of a stage takes the rate of layer j of that stage.
@@ -174,25 +182,29 @@ class SReT(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Feature maps (B, C, H', W') of the stages, before the pool that follows each.
 
+        With `stem_features` those of the stem come first.
+
         Args:
-            indices: which stages; the last n for an integer, all for `None`.
+            indices: which maps; the last n for an integer, all for `None`.
             norm: apply the final norm to the last stage's map.
-            stop_early: stop after the last requested stage.
+            stop_early: stop after the last requested map.
             output_fmt: "NCHW", or "NHWC" for (B, H', W', C).
             intermediates_only: return the list alone instead of (last map, list).
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise InputError(f"output_fmt {output_fmt!r} is not one of NCHW, NHWC")
         check_images(x, self.config)
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.pos_embed(self.stem(x))
-        intermediates = []
-        for i, stage in enumerate(self.stages):
+        num_stem, maps = self._num_stem_maps, list[Tensor]()
+        take_indices, max_index = feature_take_indices(num_stem + len(self.stages), indices)
+        x = self.pos_embed(self.stem(x, maps) if num_stem else self.stem(x))
+        intermediates = [maps[i] for i in range(num_stem) if i in take_indices]
+        maps.clear()  # frees those that are not taken
+        for i, stage in enumerate(self.stages, num_stem):
             if stop_early and i > max_index:
                 break
             x = stage(x)
             if i in take_indices:
-                is_normed = norm and i == len(self.stages) - 1
+                is_normed = norm and stage is self.stages[-1]
                 intermediates.append(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if is_normed else x)
         if output_fmt == "NHWC":
             intermediates = [y.permute(0, 2, 3, 1) for y in intermediates]
@@ -202,9 +214,11 @@ class SReT(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes the stages after the last requested one, and optionally norm and head; returns the kept indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: max_index + 1]
-        self.config = replace(self.config, stages=self.config.stages[: max_index + 1])
+        num_stem = self._num_stem_maps
+        take_indices, max_index = feature_take_indices(num_stem + len(self.stages), indices)
+        num_stages = max(1, max_index + 1 - num_stem)
+        self.stages = self.stages[:num_stages]
+        self.config = replace(self.config, stages=self.config.stages[:num_stages])
         if prune_norm:
             self.norm = nn.Identity()  # type: ignore[assignment]
         if prune_head:
