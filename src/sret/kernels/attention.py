@@ -35,9 +35,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _MatrixProductBackward.apply(q, k, v)
     x = scaled_dot_product_attention(q, k, v)
     # Without this hook, torch names an operator instead of what would work. torch.func always asks for a graph.
-    if (node := x.grad_fn) is not None and not (torch.compiler.is_compiling() or is_transformed()):
-        if node.name().startswith("ScaledDotProduct"):  # torch's own formula has second derivatives
-            x.register_hook(_refuse_graph)
+    node = None if torch.compiler.is_compiling() or is_transformed() else x.grad_fn
+    if node is not None and node.name().startswith("ScaledDotProduct"):  # torch's own formula has second derivatives
+        x.register_hook(_refuse_graph)
     return x
 
 
