@@ -24,7 +24,7 @@ test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: .venv/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
 
 lint: .venv/ready
 	$(BIN)/ruff check

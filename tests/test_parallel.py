@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
-from two_processes import ADAM, LAYOUTS, RECIPE, STEPS, recipe_of
+from two_processes import LAYOUTS, RECIPE, STEPS, recipe_of, write_images
 
 from sret.checkpoints.state import load_state
 from sret.training.distillation.config import Distillation
@@ -26,17 +26,8 @@ from sret.training.loop import train
 from sret.training.run_dir import BEST, LAST, STATE
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads():
-    """As many threads as both processes have together: gradients of the stem are then summed in as many parts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
+# One group, so that xdist runs `runs` once.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_report"), pytest.mark.xdist_group("two processes")]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ON_CPUS = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -47,11 +38,12 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(quick_report, tmp_path_factory) -> Path:
     """What two processes left, some of it begun by one."""
     out = tmp_path_factory.mktemp("two")
+    images = write_images(out / "images")
     for name in ("adam_sharded", "adam_ddp"):
-        train(ADAM, out / name, max_steps=2)
+        train(recipe_of("adam", images), out / name, max_steps=2)
     result = launch(HERE / "two_processes.py", out)
     assert result.returncode == 0, result.stderr[-4000:]
     return out
@@ -60,7 +52,8 @@ def runs(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes_compute_what_one_does(runs, tmp_path, name):
     """Weights and statistics of BatchNorm after 5 steps, on the same images, mixed the same; and their average."""
-    train(recipe_of(name), tmp_path / "one", max_steps=STEPS)
+    recipe = recipe_of(name, runs / "images")
+    train(recipe, tmp_path / "one", max_steps=STEPS)
     one, two = load_state(tmp_path / "one" / STATE), load_state(runs / name / STATE)
     tolerance = 1e-3 if name.endswith("bf16") else 1e-6  # bf16 has 8 bits: sums in another order differ by that much
     for part in ("model", "ema"):
@@ -69,7 +62,7 @@ def test_two_processes_compute_what_one_does(runs, tmp_path, name):
     rows = [{k: v for k, v in state["rows"][0].items() if k != "images_per_second"} for state in (one, two)]
     assert rows[1] == pytest.approx(rows[0], rel=10 * tolerance, abs=1 if name.endswith("bf16") else 1e-6)
     start = tmp_path / "start"
-    train(replace(recipe_of(name), learning_rate=1e-12), start, max_steps=1)
+    train(replace(recipe, learning_rate=1e-12), start, max_steps=1)
     moved = load_file(start / LAST)["head.weight"] - one["model"]["head.weight"]
     assert moved.abs().max() > 1e-3  # the comparison is of something
 
@@ -78,16 +71,18 @@ def test_two_processes_compute_what_one_does(runs, tmp_path, name):
 def test_a_run_goes_on_under_another_layout(runs, tmp_path, name):
     """Two steps in one process, one in two, one sharded (or not), and the last in one process again."""
     assert load_state(runs / name / STATE)["step"] == 4
-    train(ADAM, runs / name, resume="auto", max_steps=STEPS)
-    train(ADAM, tmp_path / "one", max_steps=STEPS)
+    adam = recipe_of("adam", runs / "images")
+    train(adam, runs / name, resume="auto", max_steps=STEPS)
+    train(adam, tmp_path / "one", max_steps=STEPS)
     one, two = (load_state(folder / STATE) for folder in (tmp_path / "one", runs / name))
     torch.testing.assert_close(two["model"], one["model"], atol=1e-5, rtol=0)
     assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
 
 
 def test_one_process_goes_on_with_what_shards_left(runs, tmp_path):
-    train(RECIPE, runs / "back", resume="auto", max_steps=STEPS)
-    train(RECIPE, tmp_path / "one", max_steps=STEPS)
+    recipe = recipe_of("back", runs / "images")
+    train(recipe, runs / "back", resume="auto", max_steps=STEPS)
+    train(recipe, tmp_path / "one", max_steps=STEPS)
     one, two = (load_state(folder / STATE) for folder in (tmp_path / "one", runs / "back"))
     torch.testing.assert_close(two["model"], one["model"], atol=1e-6, rtol=0)
 

@@ -1,11 +1,14 @@
 """What test_parallel.py runs in each of two processes: the same short runs, in several layouts, one after the other."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from sret import ModelConfig, StageConfig
 from sret.data.config import Augmentation
+from sret.data.sources import load_data
+from sret.training import loop
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
@@ -28,7 +31,7 @@ MODEL = ModelConfig(
 RECIPE = TrainConfig(
     model=MODEL,
     epochs=2,
-    batch_size=256,  # four steps an epoch, so that five pass an evaluation
+    batch_size=16,  # four steps an epoch, so that five pass an evaluation
     optimizer="sgd",
     learning_rate=0.02,
     warmup_epochs=0,
@@ -53,8 +56,26 @@ LAYOUTS = {
 }
 
 
-def recipe_of(name: str) -> TrainConfig:
+def write_images(root: Path) -> Path:
+    """Writes some of the digits as files: 7 of each class for training, 3 for validation."""
+    for split, count in {"train": 7, "val": 3}.items():
+        written: Counter[int] = Counter()
+        samples = load_data("digits").split(split)
+        for image, label in zip(samples.images, samples.labels, strict=True):
+            if written[label] < count:
+                path = root / split / str(label) / f"{written[label]}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+                written[label] += 1
+    return root
+
+
+def recipe_of(name: str, images: Path) -> TrainConfig:
     """The parts of an accumulated step have BatchNorm statistics of their own, unless the stem is frozen."""
+    return replace(_recipe_of(name), data=str(images))
+
+
+def _recipe_of(name: str) -> TrainConfig:
     policy = name.partition("_")[2]
     if policy in POLICIES:
         deeper = [replace(stage, groups=groups) for stage, groups in zip(MODEL.stages, DEEPER, strict=True)]
@@ -62,16 +83,20 @@ def recipe_of(name: str) -> TrainConfig:
         return replace(RECIPE, model=replace(model, memory=policy, reversible=policy == "reversible"))
     if name.endswith("bf16"):
         return replace(RECIPE, mixed_precision="bf16")
+    if name.startswith("adam"):
+        return ADAM
     return replace(RECIPE, freeze=("stem",)) if name.endswith("accumulated") else RECIPE
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
+    images = out / "images"
+    loop.write_png = lambda path, *_: path.write_bytes(b"")  # a report takes longer than the training
     for name, runtime in LAYOUTS.items():
-        train(recipe_of(name), out / name, max_steps=STEPS, runtime=runtime)
+        train(recipe_of(name, images), out / name, max_steps=STEPS, runtime=runtime)
     for name in ("sharded", "ddp"):  # begun by one process (and "sharded" by two of DDP in between)
-        runtime = RuntimeConfig(fsdp=name == "sharded")
-        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=3, runtime=RuntimeConfig())
-        train(ADAM, out / f"adam_{name}", resume="auto", max_steps=4, runtime=runtime)
-    train(RECIPE, out / "back", max_steps=3, runtime=RuntimeConfig(fsdp=True))
+        runtime, adam = RuntimeConfig(fsdp=name == "sharded"), recipe_of("adam", images)
+        train(adam, out / f"adam_{name}", resume="auto", max_steps=3, runtime=RuntimeConfig())
+        train(adam, out / f"adam_{name}", resume="auto", max_steps=4, runtime=runtime)
+    train(recipe_of("back", images), out / "back", max_steps=3, runtime=RuntimeConfig(fsdp=True))
     list(write_soft_labels(out / "labels", "digits", Distillation(teacher=str(out / "ddp" / BEST)), crops=1))
