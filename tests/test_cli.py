@@ -384,7 +384,7 @@ def test_convert_reads_the_authors_files_and_writes_them(sret, tmp_path):
     assert all(torch.equal(back[key], official[key]) for key in back)
     code, _, err = sret("convert", tmp_path / "SReT_T.pth", tmp_path / "t.safetensors")
     assert code == 2
-    assert "exists already" in one_line(err)
+    assert "already exists" in one_line(err)
     code, _, err = sret("convert", tmp_path / "SReT_T.pth", tmp_path / "s.safetensors", "--variant", "sret_s")
     assert code == 2
     assert "It fits sret_t or sret_t_unsliced" in one_line(err)
@@ -394,7 +394,7 @@ def test_convert_warns_of_a_guess_and_refuses_code(sret, tmp_path):
     torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "checkpoint.pth")
     code, _, err = sret("convert", tmp_path / "checkpoint.pth", tmp_path / "a.safetensors")
     assert code == 0
-    assert err.startswith("sret: warning: weights do not show their slices: loading them as sret_t")
+    assert err.startswith("sret: warning: the weights do not show the number of slices: loading them as sret_t")
     torch.save({"model": {}, "args": Evil()}, tmp_path / "evil.pth")
     code, _, err = sret("convert", tmp_path / "evil.pth", tmp_path / "b.safetensors")
     assert code == 2

@@ -77,7 +77,7 @@ def test_16_bits_have_one_scale_however_dark_the_image(tmp_path, suffix):
 
 def test_integers_of_32_bits_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tmp_path / "wide.tif")
-    with pytest.raises(InputError, match=r"wide\.tif: holds 32-bit integers"):
+    with pytest.raises(InputError, match=r"wide\.tif: has 32-bit integers"):
         GREY.load(tmp_path / "wide.tif")
 
 

@@ -133,7 +133,7 @@ def test_labels_of_other_settings_or_data_are_refused(labels, teacher, tmp_path)
 
 def test_labels_are_not_written_into_their_data(teacher, tmp_path):
     folder = make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
-    with pytest.raises(InputError, match="lies in the data"):
+    with pytest.raises(InputError, match="is inside the data folder"):
         next(write_soft_labels(folder / "labels", str(folder), teacher, **OPTIONS))
 
 

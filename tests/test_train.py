@@ -223,7 +223,7 @@ def test_folders_that_lead_astray_are_refused(tmp_path):
     folder = make_folder(tmp_path / "photos", {"cat": 9, "dog": 9})
     recipe = TrainConfig(model=small_config(num_classes=2), data=f"{folder}/", batch_size=4)
     assert recipe.data == str(folder)
-    with pytest.raises(InputError, match=r"run lies in the data"):
+    with pytest.raises(InputError, match=r"run is inside the data folder"):
         train(recipe, folder / "runs" / "run")
     make_folder(tmp_path / "deep" / "one", {"cat": 9})
     with pytest.raises(InputError, match="has only one class, 'cat'"):

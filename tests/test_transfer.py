@@ -136,7 +136,7 @@ def test_a_file_of_ours_says_how_deep_its_model_was(tmp_path):
     assert config == source.config
     transfer(SReT(deep(9)), state_dict, config)
     save_weights(tmp_path / "fused.safetensors", source.state_dict(), replace(card, is_fused=True))
-    with pytest.raises(InputError, match="holds a fused model, for inference only"):
+    with pytest.raises(InputError, match="has a fused model, which is for inference only"):
         read_source(tmp_path / "fused.safetensors", deep(9))
 
 
@@ -256,7 +256,7 @@ def test_an_exported_model_is_answered_with_what_it_was_made_of(tmp_path):
 
 def test_the_state_of_a_run_is_answered_with_the_weights_beside_it(tmp_path):
     torch.save({"model": SReT(deep(4)).state_dict(), "step": 3}, tmp_path / "state.pt")
-    with pytest.raises(InputError, match=r"state\.pt holds weights of sret, .* use a run's best\.safetensors"):
+    with pytest.raises(InputError, match=r"state\.pt has weights of sret, .* use a run's best\.safetensors"):
         read_source(tmp_path / "state.pt", deep(4))
 
 

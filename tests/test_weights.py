@@ -96,7 +96,7 @@ def test_a_mismatch_names_keys_and_the_likeliest_variant(official_t):
     with pytest.raises(InputError, match=r"fc1.weight is \(230, 64\), not \(256, 64\).*fits sret_t or sret_t_unsliced"):
         weights.from_official(official_t, config_of("sret_lt"))
     damaged = {key: value for key, value in official_t.items() if key != "norm.bias"}
-    with pytest.raises(InputError, match=r"missing norm.bias\. The likeliest variant is sret_t"):
+    with pytest.raises(InputError, match=r"missing norm.bias\. The most similar variant is sret_t"):
         weights.from_official(damaged, config_of("sret_t"))
     with pytest.raises(InputError, match="fits no published SReT"):
         weights.from_official({"conv1.weight": torch.zeros(1)}, config_of("sret_t"))
@@ -176,7 +176,7 @@ def test_files_that_are_no_checkpoints_are_refused(file_t, tmp_path):
             weights.read_official(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": {"a": 3}}, tmp_path / "numbers.pth")
-    with pytest.raises(InputError, match="holds a list"):
+    with pytest.raises(InputError, match="contains a list"):
         weights.read_official(tmp_path / "list.pth")
     with pytest.raises(InputError, match="no state dict under 'model'"):
         weights.read_official(tmp_path / "numbers.pth")
@@ -240,7 +240,7 @@ def test_pretrained_fetches_from_drive_once(drive, file_t, official_t, tmp_path)
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(drive, tmp_path):
     drive(b"<html>Quota exceeded</html>")
-    with pytest.raises(InputError, match=r"could not fetch sret_t.in1k from https://drive.*load_official\(FILE\)"):
+    with pytest.raises(InputError, match=r"could not download sret_t.in1k from https://drive.*load_official\(FILE\)"):
         timm.create_model("sret_t", pretrained=True)
     assert not list((tmp_path / "hub/checkpoints/sret").iterdir())
 

@@ -63,12 +63,12 @@ def _shorten(value: Any) -> str:
 
 
 def describe_lost_worker(error: BaseException) -> str | None:
-    """What a user can do about a process that loads images and was ended, or got no shared memory; None of others."""
+    """Advice for the error of a process that loads images and was stopped by the system; None for other errors."""
     signs = ("</torch_", "killed by signal", "exited unexpectedly")  # of torch's DataLoader
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs):
         return (
-            "a process that loads images was ended: memory, or shared memory (/dev/shm), ran out; use fewer "
-            "--num_workers (0 needs least), or give more, such as docker run --shm-size 8g"
+            "a process that loads images was stopped: memory or shared memory (/dev/shm) was full; use fewer "
+            "--num_workers (0 needs no shared memory), or more memory, such as docker run --shm-size 8g"
         )
     return None
 

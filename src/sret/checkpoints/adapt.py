@@ -52,7 +52,9 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
         best = Path(source) / "best.safetensors"
         raise InputError(f"{source} is a folder; give a weights file in it, such as {best}")
     if Path(source).suffix in EXPORTED_SUFFIXES:
-        raise InputError(f"{source} is an exported model, for inference only; use the weights it was exported from")
+        raise InputError(
+            f"{source} is an exported model, which is for inference only; use the weights it was exported from"
+        )
     path, variant = find_file(source)
     if path.suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
@@ -61,12 +63,14 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
                 return state_dict, matching_config(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
         if card.is_fused:
-            raise InputError(f"{path} holds a fused model, for inference only; use the weights it was made from")
+            raise InputError(
+                f"{path} has a fused model, which is for inference only; use the weights of the model before fusing"
+            )
         return state_dict, card.config
     official, _ = read_official(path)
     if "stem.conv1.weight" in official:
         raise InputError(
-            f"{path} holds weights of sret, but is not a weights file; use a run's best.safetensors, or save them with "
+            f"{path} has weights of sret, but is not a weights file; use a run's best.safetensors, or save them with "
             "safetensors.torch.save_file"
         )
     with error_prefix(path):

@@ -84,8 +84,8 @@ class Card:
         config, preprocessing = ModelConfig.from_dict(values["config"]), Preprocessing(**values["preprocessing"])
         if (config.in_chans, *config.input_size) != (len(preprocessing.mean), *preprocessing.img_size):
             raise InputError(
-                f"the model takes {config.in_chans} channels of {config.input_size} pixels, and images are prepared as "
-                f"{len(preprocessing.mean)} of {preprocessing.img_size}"
+                f"the model takes {config.in_chans} channels and {config.input_size} pixels, but preprocessing gives "
+                f"{len(preprocessing.mean)} channels and {preprocessing.img_size} pixels"
             )
         names, training = values["class_names"], values["training"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -94,7 +94,7 @@ class Card:
             if not isinstance(training.get(key, {}), dict):
                 raise InputError(f"{key} of its training is {training[key]!r}")
         if not isinstance(training.get("recipe", {}).get("data", ""), str):
-            raise InputError(f"its training was on {training['recipe']['data']!r}, which is no name")
+            raise InputError(f"the data of its training is {training['recipe']['data']!r}, which is not a name")
         return cls(
             config=config,
             preprocessing=preprocessing,
@@ -118,7 +118,7 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
     """
     state_dict, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
-        raise InputError(f"{path}: a safetensors file, but without the metadata that `sret train` and `convert` write")
+        raise InputError(f"{path}: a safetensors file without the metadata that `sret train` and `convert` write")
     card = read_card(path, metadata[METADATA_KEY])
     with error_prefix(path):
         _check_fit(card, state_dict)
@@ -147,7 +147,7 @@ def _check_fit(card: Card, state_dict: dict[str, Tensor]) -> None:
     """Raises `InputError` if the weights are not of the card's model, before that takes memory or time."""
     blocks = sum(stage.num_blocks for stage in card.config.stages)
     if blocks > 100 + len(state_dict):  # a block takes 5 ms to build, even without memory
-        raise InputError(f"these weights do not fit the model: it has {blocks:,} blocks, they are {len(state_dict):,}")
+        raise InputError(f"the weights do not fit the model: {blocks:,} blocks, but only {len(state_dict):,} tensors")
     with torch.device("meta"):
         check_fit(state_dict, _build(card))
 

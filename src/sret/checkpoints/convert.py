@@ -23,13 +23,15 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
     Raises `InputError` if the source cannot be read or the target exists.
     """
     if target.suffix not in (".safetensors", ".pth"):
-        raise InputError(f"{target}: OUT ends in .safetensors (ours) or .pth (the authors' format)")
+        raise InputError(f"{target}: OUT ends in .safetensors, or in .pth for the authors' format")
     if target.exists():
-        raise InputError(f"{target} exists already; remove it, or choose another file")
+        raise InputError(f"{target} already exists; delete it, or choose another name")
     model, card = resolve(source, variant)
     if target.suffix == ".pth":
         if card.is_fused:
-            raise InputError(f"{source} holds a fused model, for inference only; use the weights it was made from")
+            raise InputError(
+                f"{source} has a fused model, which is for inference only; use the weights of the model before fusing"
+            )
         buffer = io.BytesIO()
         torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
         write_atomically(target, buffer.getvalue())

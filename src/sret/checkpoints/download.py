@@ -45,8 +45,8 @@ def fetch(url: str) -> Path:
         partial.replace(path)
     except Exception as error:
         raise InputError(
-            f"could not fetch {name} from {url} ({error}); open that address in a browser, save the file "
-            f"and use sret.load_official(FILE), or put it at {path}"
+            f"could not download {name} from {url} ({error}); open this address in a browser, and move the file to "
+            f"{path}, or use sret.load_official(FILE)"
         ) from error
     finally:
         partial.unlink(missing_ok=True)

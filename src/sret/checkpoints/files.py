@@ -45,7 +45,7 @@ def read_pickle(path: str | os.PathLike[str], content: BinaryIO | None = None) -
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(f"{path}: not a PyTorch checkpoint, or a truncated one") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, not a checkpoint")
+        raise InputError(f"{path}: contains a {type(found).__name__}, not a checkpoint")
     return found
 
 

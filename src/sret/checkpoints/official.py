@@ -88,13 +88,13 @@ def to_official(state_dict: Mapping[str, Tensor], config: ModelConfig) -> StateD
 def from_official(state_dict: Mapping[str, Tensor], config: ModelConfig) -> StateDict:
     """The authors' state dict under our names, every tensor once.
 
-    Raises `InputError` if keys or shapes are not those of `config`, naming them and the likeliest variant, or if two
+    Raises `InputError` if keys or shapes are not those of `config`, naming them and the most similar variant, or if two
     positions of a shared block hold different values.
     """
     names = official_keys(config)
     wrong = _differences({key: tensor.shape for key, tensor in state_dict.items()}, _shapes(config))
     if wrong:
-        raise InputError(f"the checkpoint does not fit this model: {first_few(wrong)}. {_likeliest(state_dict)}")
+        raise InputError(f"the checkpoint does not fit this model: {first_few(wrong)}. {_most_similar(state_dict)}")
     converted = {}
     for key, duplicates in names.items():
         first = state_dict[duplicates[0]]
@@ -128,7 +128,7 @@ def _differences(found: Mapping[str, torch.Size], expected: Mapping[str, torch.S
     return wrong
 
 
-def _likeliest(state_dict: Mapping[str, Tensor]) -> str:
+def _most_similar(state_dict: Mapping[str, Tensor]) -> str:
     fitting = fitting_variants(state_dict)
     if fitting:
         return f"It fits {' or '.join(fitting)}"
@@ -139,7 +139,7 @@ def _likeliest(state_dict: Mapping[str, Tensor]) -> str:
     best = max(PUBLISHED, key=matches)
     if not matches(best):
         return "It fits no published SReT; is it a checkpoint of the authors' release?"
-    return f"The likeliest variant is {best}, which shares {matches(best)} of {len(state_dict)} tensors with it"
+    return f"The most similar variant is {best}: {matches(best)} of {len(state_dict)} tensors fit"
 
 
 def fitting_variants(state_dict: Mapping[str, Tensor]) -> list[str]:
@@ -165,14 +165,14 @@ def has_shapes_of(config: ModelConfig, official: Mapping[str, Tensor]) -> bool:
 
 
 def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
-    """The authors' state dict in a file, and the name of the model it was trained as if the file holds that.
+    """Reads the authors' state dict from a file, and the name of its model if the file has it.
 
     Raises `InputError` as `read_pickle` does, or if there is no state dict inside.
     """
     content = read_pickle(path)
     state_dict = content.get("model", content)
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise InputError(f"{path}: no state dict under 'model'; it holds {', '.join(map(str, list(content)[:8]))}")
+        raise InputError(f"{path}: no state dict under 'model'; the file has {', '.join(map(str, list(content)[:8]))}")
     return state_dict, getattr(content.get("args"), "model", None)
 
 
@@ -183,7 +183,7 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     """
     fitting = fitting_variants(state_dict)
     if not fitting:
-        raise InputError(f"the checkpoint fits no published SReT. {_likeliest(state_dict)}")
+        raise InputError(f"the checkpoint fits no published SReT. {_most_similar(state_dict)}")
     hint = hint.lower()
     if "wo_slice" in hint or "unsliced" in hint:
         return next(variant for variant in fitting if "unsliced" in variant)
@@ -194,8 +194,8 @@ def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
     is_named = re.search(r"sret_(t|s)(?![a-z0-9])|sret_lt.*dist", hint) is not None
     if len(fitting) > 1 and not is_named:
         warnings.warn(
-            f"weights do not show their slices: loading them as {fitting[0]}, but they also fit "
-            f"{' and '.join(fitting[1:])}; if it is one of these, give the variant",
+            f"the weights do not show the number of slices: loading them as {fitting[0]}, but they also fit "
+            f"{' and '.join(fitting[1:])}; to load them as one of these, give the variant",
             InputWarning,
             stacklevel=3,
         )

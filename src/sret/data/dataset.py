@@ -33,9 +33,9 @@ class Images(Protocol):
 def check_output_dir(out: Path, data_name: str) -> None:
     """Raises `InputError` if the output folder is a file, or is inside the data, where it would count as data."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out names a folder")
+        raise InputError(f"{out} is a file; --out must be a folder")
     if Path(data_name).is_dir() and out.resolve().is_relative_to(Path(data_name).resolve()):
-        raise InputError(f"{out} lies in the data, {data_name}, and would count as data; choose another --out")
+        raise InputError(f"{out} is inside the data folder {data_name} and would be read as data; choose another --out")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ImageData:
         """
         for split, samples in given.items():
             if not len(samples):
-                raise InputError(f"{name}: its {split} split holds no images")
+                raise InputError(f"{name}: its {split} split has no images")
             odd = sorted({int(label) for label in np.unique(samples.labels)} - set(range(len(class_names))))
             if odd:
                 raise InputError(
@@ -172,9 +172,8 @@ class ImageData:
             indices = generator.permutation(np.flatnonzero(labels == label))
             if len(indices) < least:
                 raise InputError(
-                    f"{self.name}: too few images of {self.class_names[label]} ({len(indices)}) to hold some out "
-                    f"for choosing the best weights{' and for testing' if least > 2 else ''}; give at least {least} of "
-                    "each class"
+                    f"{self.name}: too few images of {self.class_names[label]} ({len(indices)}); each class needs at "
+                    f"least {least}, for training{', validation and test' if least > 2 else ' and validation'}"
                 )
             count = max(1, round(share * len(indices)))
             held += indices[:count].tolist()

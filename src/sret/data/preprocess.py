@@ -79,10 +79,10 @@ class Preprocessing:
         if not isinstance(source, Image.Image):
             source = _read(source, self.exif_orientation)
         if max(source.size) > MAX_ASPECT_RATIO * min(source.size):
-            raise InputError(f"{name}: {source.width}x{source.height} pixels is too long and thin to be resized")
+            raise InputError(f"{name}: {source.width}x{source.height} pixels is too narrow to be resized")
         mode = _MODES[len(self.mean)]
         if source.mode == "F":
-            raise InputError(f"{name}: holds floating-point numbers of unknown range; save it with 8 or 16 bits")
+            raise InputError(f"{name}: has floating-point numbers of unknown range; save it with 8 or 16 bits")
         if source.mode.startswith("I"):
             source = _eight_bits(source, name)
         if source.mode in ("RGBA", "LA", "PA") or "transparency" in source.info:
@@ -146,7 +146,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """A 16-bit grey image on the scale 0..65535, whatever its own maximum, which Pillow would clip to white."""
     values = np.asarray(image)
     if image.mode == "I" and (values.min() < 0 or values.max() > 65535 or image.format not in ("PNG", "PPM")):
-        raise InputError(f"{name}: holds 32-bit integers of unknown range; save it with 8 or 16 bits")
+        raise InputError(f"{name}: has 32-bit integers of unknown range; save it with 8 or 16 bits")
     return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
 
 
@@ -180,7 +180,7 @@ def _read(source: Path | Encoded, exif_orientation: bool) -> Image.Image:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: too large an image ({error}); resize it") from error
+        raise InputError(f"{name}: the image is too large ({error}); resize it") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, ZeroDivisionError) as error:
         is_there = isinstance(source, Encoded) or source.is_file()
         raise InputError(f"{name}: {'not an image that can be read' if is_there else 'no such file'}") from error

@@ -69,7 +69,7 @@ def _load(name: str) -> ImageData:
     if shards := _files_by_split(path, ".tar"):
         return load_shards(path, shards)
     if path.is_file():
-        raise InputError(f"{name}: of files, only .parquet and .tar can be data; or give {_choices()}")
+        raise InputError(f"{name}: a data file must end in .parquet or .tar; or give {_choices()}")
     return load_folder(path)
 
 
@@ -101,7 +101,7 @@ def _split_of(path: Path, root: Path) -> str:
     for part in reversed(path.relative_to(root).parts):
         found = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in _SPLIT_OF}
         if len(found) > 1:
-            raise InputError(f"{path}: its name contains both {' and '.join(sorted(found))}; leave one")
+            raise InputError(f"{path}: its name contains both {' and '.join(sorted(found))}; rename it")
         if found:
             return found.pop()
     return "all"

@@ -102,7 +102,7 @@ class Columns:
             raise InputError(f"{name}: {which} of images (encoded, of the type Image); its columns: {columns}")
         if label is None:
             raise InputError(
-                f"{name}: no column of labels: of the type ClassLabel, or of whole numbers and called "
+                f"{name}: no column of labels; it needs the type ClassLabel, or whole numbers and the name "
                 f"{' or '.join(LABEL_COLUMNS)}; its columns: {columns}"
             )
         return cls(image, label, tuple(features[label].names) if label in classes else None)
@@ -178,7 +178,7 @@ def _by_split(name: str, parts: "dict[str, Dataset]") -> "dict[str, Dataset]":
     for split, words in SPLIT_NAMES.items():
         theirs = [part for part in parts if part.lower() in words]
         if len(theirs) > 1:
-            raise InputError(f"{name}: has both {' and '.join(theirs)}; one split of a kind can be used")
+            raise InputError(f"{name}: has both {' and '.join(theirs)}; only one of them can be used")
         if theirs:
             found[split] = theirs[0]
     if not found and len(parts) == 1:

@@ -217,7 +217,7 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
                 kinds = members.setdefault(f"{folder}/{key}" if folder else key, {})
                 if kind in kinds:
                     raise InputError(
-                        f"{path}: {member.name}: a second {kind} of its key; every key needs one of its own"
+                        f"{path}: {member.name}: its key has two files of the kind {kind}; each key needs one"
                     )
                 kinds[kind] = member.offset_data, member.size
             end = tar.offset
@@ -228,7 +228,7 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
     # tarfile treats a damaged header, or a missing end mark, as the end of the file.
     tail = _read_at(file, end, 1 << 20)
     if len(tail) < tarfile.BLOCKSIZE or any(tail):
-        raise InputError(f"{path}: cut off or damaged at byte {end:,}, where its end mark should be; copy it again")
+        raise InputError(f"{path}: truncated or damaged at byte {end:,}, where the archive should end; copy it again")
     return members
 
 
@@ -248,7 +248,7 @@ def _label(path: Path, file: BinaryIO, key: str, kinds: dict[str, tuple[int, int
         value = None
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_CLASSES:
         what = "the number of a class" if kind == "cls" else 'an object with a number "label"'
-        raise InputError(f"{path}: {key}.{kind} should hold {what}; it holds {text[:40]!r}")
+        raise InputError(f"{path}: {key}.{kind} should contain {what}; it contains {text[:40]!r}")
     return value
 
 
