@@ -113,6 +113,16 @@ def test_intermediates_in_both_layouts():
         torch.testing.assert_close(one, other.permute(0, 3, 1, 2))
 
 
+def test_permutations_are_constants_of_an_exported_graph():
+    model = SReT(small_config()).eval()
+    x = images(model, 2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.index_select.default" in called
+    assert not any("sort" in name or "topk" in name for name in called)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_tracing_and_compiling_for_any_size():

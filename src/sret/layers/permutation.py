@@ -12,7 +12,7 @@ run reproducible and its state two integers (`sret train` does so).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,10 +81,16 @@ def fixed_permutation(num_tokens: int, device: torch.device | str | None = None)
     Positions are ordered by a 32-bit mixing hash of their number. The hash is one-to-one, so no two keys tie, and it
     is plain integer arithmetic, so the order is the same on every device, machine and version, traced or not.
     """
-    key = torch.arange(1, num_tokens + 1, device=device)
+    if torch.compiler.is_exporting() and isinstance(num_tokens, int):  # a constant of the exported graph
+        return torch.tensor(sorted(range(num_tokens), key=lambda i: _mixed(i + 1)), device=device)
+    return _mixed(torch.arange(1, num_tokens + 1, device=device)).argsort()
+
+
+def _mixed(key: Any) -> Any:
+    """The hash of 32-bit integers: of one, or of a tensor of them."""
     for _ in range(2):
         key = ((key ^ (key >> 16)) * 0x45D9F3B) & 0xFFFFFFFF  # an odd multiplier: one-to-one modulo 2^32
-    return (key ^ (key >> 16)).argsort()
+    return key ^ (key >> 16)
 
 
 class Permuter:
