@@ -9,6 +9,7 @@ Letters: B batch, N tokens, C channels, G slices, M tokens in a slice, H heads, 
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from sret.errors import InputError
 from sret.kernels.attention import attend
 from sret.kernels.conditions import has_hooks
+from sret.kernels.gpu import dispatch
 from sret.kernels.linear import LAYER_NORM_EPS, is_plain, linear, norm_linear, scaled
 from sret.kernels.slices import slice_lengths
-from sret.layers.permutation import Permutation, StridedPermutation
+from sret.layers.permutation import IndexPermutation, Permutation, StridedPermutation
 from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
+
+if TYPE_CHECKING:
+    from sret.kernels.gpu.attention import PackedAttention, Slices
 
 
 class SlicedAttention(nn.Module):
@@ -93,6 +98,31 @@ class AttentionResidual(LearnableResidual):
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(SlicedAttention(dim, num_heads), norm, drop_prob, coefficients)
 
+    def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:  # type: ignore[override]
+        """(B, N, C) -> (B, N, C), as `SlicedAttention`."""
+        if self.triton_refusal(x) is not None:
+            return super().forward(x, num_groups, permutation)
+        from sret.kernels.gpu.attention import attention_residual
+
+        slices = triton_slices(x, num_groups, permutation)
+        return attention_residual(x, self.packed(x), slices, *self.triton_factors(x))
+
+    def triton_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute this residual of x, or None if they can."""
+        attn = self.branch
+        return dispatch.refusal(x, attn.qkv.in_features, attn.num_heads) or self.weights_refusal()
+
+    def packed(self, x: Tensor) -> "PackedAttention":
+        """The weights as the Triton kernels read them."""
+        from sret.kernels.gpu.attention import PackedAttention
+
+        attn, dtype = self.branch, dispatch.compute_dtype(x, self.branch.qkv.weight)
+        return dispatch.packed(
+            self,
+            dtype,
+            lambda: PackedAttention.of(self.norm, attn.qkv, attn.proj, attn.num_heads, self.branch_factor(), dtype),
+        )
+
     def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
         """s beta SlicedAttention(LN(x)), by scaling the last layer's weights; a strided permutation is a view."""
         attn = self.branch
@@ -122,6 +152,20 @@ class AttentionResidual(LearnableResidual):
 
     def last_layer(self) -> nn.Module:
         return self.branch.proj
+
+
+def triton_slices(x: Tensor, num_groups: int, permutation: Permutation | None) -> "Slices":
+    """The slices of x, (B, N, C), as the Triton kernels take them. Raises `InputError` for more slices than tokens."""
+    from sret.kernels.gpu.attention import INDEXED, RASTER, STRIDED, Slices
+
+    slice_lengths(x.shape[1], num_groups)
+    if permutation is None or num_groups == 1:
+        return Slices(num_groups, RASTER)
+    if permutation == StridedPermutation(num_groups):
+        return Slices(num_groups, STRIDED)
+    tokens = torch.arange(x.shape[1], device=x.device)[None, :, None]
+    index = permutation.index if isinstance(permutation, IndexPermutation) else permutation.apply(tokens).flatten()
+    return Slices(num_groups, INDEXED, index)
 
 
 def strided_attention(

@@ -6,9 +6,11 @@
 Source: Shen, Liu, Xing, "Sliced Recursive Transformer", ECCV 2022, arXiv:2111.05297.
 """
 
+import torch
 from torch import Tensor, nn
 
-from sret.layers.attention import AttentionResidual
+from sret.kernels.conditions import has_hooks
+from sret.layers.attention import AttentionResidual, triton_slices
 from sret.layers.mlp import MlpResidual
 from sret.layers.permutation import Permutation
 from sret.layers.residual import AS_PUBLISHED, Coefficients
@@ -39,4 +41,31 @@ def one_pass(
     block: Block, projection: nn.Module, x: Tensor, num_groups: int, permutation: Permutation | None
 ) -> Tensor:
     """(B, N, C) -> (B, N, C): the block, then the projection of this pass."""
+    if not torch.is_grad_enabled() and runs_in_three_kernels(block, projection, x):
+        from sret.kernels.gpu.rest import whole_pass
+
+        attn, mlp = block.attn, block.mlp
+        last = (projection.packed(x), projection.triton_factors(x)[0]) if isinstance(projection, MlpResidual) else None
+        return whole_pass(
+            x,
+            (attn.packed(x), attn.triton_factors(x)[0]),
+            triton_slices(x, num_groups, permutation),
+            (mlp.packed(x), mlp.triton_factors(x)[0]),
+            last,
+        )
     return projection(block(x, num_groups, permutation))
+
+
+def runs_in_three_kernels(block: Block, projection: nn.Module, x: Tensor) -> bool:
+    """Whether the Triton kernels for a whole pass, which have no backward, can compute this one."""
+    return (
+        block.attn.triton_refusal(x) is None
+        and block.mlp.triton_refusal(x) is None
+        and (
+            type(projection) is nn.Identity
+            or (isinstance(projection, MlpResidual) and projection.triton_refusal(x) is None)
+        )
+        and not block.training
+        and type(block) is Block
+        and not has_hooks(block, block.attn, block.mlp, projection)
+    )

@@ -3,11 +3,14 @@
 y = alpha x + beta MLP(LN(x)),   MLP(x) = W2 GELU(W1 x + b1) + b2
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from sret.kernels.conditions import has_hooks
+from sret.kernels.gpu import dispatch
 from sret.kernels.linear import (
     LAYER_NORM_EPS,
     gelu_linear,
@@ -18,6 +21,9 @@ from sret.kernels.linear import (
     scaled,
 )
 from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
+
+if TYPE_CHECKING:
+    from sret.kernels.gpu.mlp import PackedMlp
 
 
 class Mlp(nn.Module):
@@ -42,6 +48,27 @@ class MlpResidual(LearnableResidual):
     ) -> None:
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, coefficients)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, C) -> (B, N, C)."""
+        if self.triton_refusal(x) is not None:
+            return super().forward(x)
+        from sret.kernels.gpu.mlp import mlp_residual
+
+        return mlp_residual(x, self.packed(x), *self.triton_factors(x))
+
+    def triton_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute this residual of x, or None if they can."""
+        return dispatch.refusal(x, self.branch.fc1.in_features) or self.weights_refusal()
+
+    def packed(self, x: Tensor) -> "PackedMlp":
+        """The weights as the Triton kernels read them."""
+        from sret.kernels.gpu.mlp import PackedMlp
+
+        mlp, dtype = self.branch, dispatch.compute_dtype(x, self.branch.fc1.weight)
+        return dispatch.packed(
+            self, dtype, lambda: PackedMlp.of(self.norm, mlp.fc1, mlp.fc2, self.branch_factor(), dtype)
+        )
 
     def scaled_branch(self, x: Tensor) -> Tensor:
         """s beta MLP(LN(x)), by scaling the second layer's weights."""

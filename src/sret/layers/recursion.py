@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sret.errors import InputError
 from sret.kernels.checkpointing import CheckpointPolicy
+from sret.kernels.gpu.dispatch import shared_packing
 from sret.kernels.recompute import Chain, is_recomputable, recomputed, without_gradient
 from sret.layers.block import Block, one_pass
 from sret.layers.permutation import Permutation
@@ -65,8 +66,9 @@ class Recursion(nn.Module):
                 return recomputed(chain, self.policy.num_kept(num_passes), x)
             first = max(0, num_passes - self.policy.passes)
             x = without_gradient(chain, first, x) if first else x
-        for i in range(first, num_passes):
-            x = run_pass(i, x)
+        with shared_packing():
+            for i in range(first, num_passes):
+                x = run_pass(i, x)
         return x
 
     def weights_by_pass(self) -> list[list[nn.Parameter]]:

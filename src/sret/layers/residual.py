@@ -16,7 +16,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sret.kernels.conditions import is_transformed
+from sret.kernels.conditions import has_hooks, is_transformed
 from sret.kernels.linear import is_plain
 
 
@@ -90,6 +90,31 @@ class LearnableResidual(nn.Module):
         if self.scale == 1:
             return self.beta
         return self.scale if self.beta is None else self.scale * self.beta
+
+    def triton_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute this residual of x, or None if they can."""
+        return "there is no kernel for this branch"
+
+    def weights_refusal(self) -> str | None:
+        """Why the Triton kernels cannot read the weights, or None if they can."""
+        if not self.has_plain_layers():
+            return "its layers are adapted or have hooks"
+        if type(self.norm) is not nn.LayerNorm or self.norm.weight is None or self.norm.bias is None:
+            return f"its norm is a {type(self.norm).__name__}, not a plain LayerNorm"
+        if type(self.drop_path) not in (DropPath, nn.Identity) or has_hooks(self.drop_path):
+            return "its stochastic depth is replaced or has hooks"
+        return None
+
+    def has_plain_layers(self) -> bool:
+        """Whether all layers of the branch are plain and have no hooks, so that their weights may be used directly."""
+        return False
+
+    def triton_factors(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """For the Triton kernels: the stream's factor, (1,), and the branch's in training, (B,), both float32."""
+        alpha = self.stream_factor()
+        is_dropped = self.training and isinstance(self.drop_path, DropPath)
+        keep = self.drop_path(torch.ones(x.shape[0], device=x.device)) if is_dropped else None
+        return None if alpha is None else alpha.float(), keep
 
     def first_layer(self) -> nn.Module | None:
         """The linear layer that f begins with, if a subclass knows it."""
