@@ -98,7 +98,7 @@ class AttentionResidual(LearnableResidual):
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(SlicedAttention(dim, num_heads), norm, drop_prob, coefficients)
 
-    def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C), as `SlicedAttention`."""
         if self.triton_refusal(x) is not None:
             return super().forward(x, num_groups, permutation)
@@ -110,7 +110,7 @@ class AttentionResidual(LearnableResidual):
     def triton_refusal(self, x: Tensor) -> str | None:
         """Why the Triton kernels cannot compute this residual of x, or None if they can."""
         attn = self.branch
-        return dispatch.refusal(x, attn.qkv.in_features, attn.num_heads) or self.weights_refusal()
+        return dispatch.refusal(x, attn.qkv.weight, attn.qkv.in_features, attn.num_heads) or self.weights_refusal()
 
     def packed(self, x: Tensor) -> "PackedAttention":
         """The weights as the Triton kernels read them."""

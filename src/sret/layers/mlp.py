@@ -49,7 +49,7 @@ class MlpResidual(LearnableResidual):
         norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         super().__init__(Mlp(dim, int(dim * ratio)), norm, drop_prob, coefficients)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         if self.triton_refusal(x) is not None:
             return super().forward(x)
@@ -59,7 +59,7 @@ class MlpResidual(LearnableResidual):
 
     def triton_refusal(self, x: Tensor) -> str | None:
         """Why the Triton kernels cannot compute this residual of x, or None if they can."""
-        return dispatch.refusal(x, self.branch.fc1.in_features) or self.weights_refusal()
+        return dispatch.refusal(x, self.branch.fc1.weight, self.branch.fc1.in_features) or self.weights_refusal()
 
     def packed(self, x: Tensor) -> "PackedMlp":
         """The weights as the Triton kernels read them."""

@@ -85,16 +85,17 @@ class PackedAttention:
     @classmethod
     def of(
         cls,
-        norm: nn.LayerNorm,
+        norm: nn.Module,
         qkv: nn.Linear,
         proj: nn.Linear,
         num_heads: int,
         factor: Tensor | float | None,
         dtype: torch.dtype,
     ) -> "PackedAttention":
-        """Packs the layers of an attention; `factor` scales the output projection."""
+        """Packs a LayerNorm and the layers of an attention; `factor` scales the output projection."""
         C, H, D = qkv.in_features, num_heads, qkv.in_features // num_heads
         more, more_head = channel_block(C) - C, padded(D, HEAD_MULTIPLE) - D
+        assert isinstance(norm, nn.LayerNorm)
         weight, bias = scaled(proj, factor)
         qkv_weight = qkv.weight.float().view(3, H, D, C).transpose(0, 1)
         qkv_weight = pad(qkv_weight, (0, more, 0, more_head)).flatten(0, 2)
@@ -132,7 +133,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tenso
     """(B N, C) -> (B N, H 3 DP): the first product of attention, without a gradient."""
     (R, C), (K, BC) = x.shape, weight.shape
     y = x.new_empty(R, K, dtype=weight.dtype)
-    tiles = tiles_for(FORWARD, BC, weight.dtype)
+    tiles = tiles_for(FORWARD, BC)
     _norm_linear[(triton.cdiv(R, tiles.BM),)](
         x, norm_weight, norm_bias, weight, bias, y, R, C, eps,
         K=K, BM=tiles.BM, BC=BC, BK=tiles.BH, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -163,7 +164,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, norm_weight, norm_bias, weight = ctx.saved_tensors
         (R, C), (K, BC) = rows.shape, weight.shape
-        tiles = tiles_for(BACKWARD, BC, weight.dtype)
+        tiles = tiles_for(BACKWARD, BC)
         programs = triton.cdiv(R, tiles.BM)
         grad_x, normed = torch.empty_like(rows), torch.empty(R, BC, dtype=weight.dtype, device=rows.device)
         sums = torch.empty(programs, K + 2 * BC, device=rows.device)
@@ -231,17 +232,23 @@ def attend(qkv: Tensor, num_sequences: int, slices: Slices, num_heads: int, head
     R, H, DP = qkv.shape[0], num_heads, qkv.shape[1] // (3 * num_heads)
     out, log_sums = qkv.new_empty(R, H * DP), qkv.new_empty(R, H, dtype=torch.float32)
     N, G = R // num_sequences, slices.num_groups
-    BM = _block(N, G)
+    BM = _block(N, G, DP)
     _attend[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
         qkv, slices.index, out, log_sums, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-        ORDER=slices.order, num_warps=4, num_stages=2, enable_fp_fusion=True,
+        ORDER=slices.order, num_warps=_warps(BM, DP), num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     return out, log_sums
 
 
-def _block(num_tokens: int, num_groups: int) -> int:
-    """Tokens of a block: the whole slice if it is short."""
-    return 16 if is_interpreted() else min(64, channel_block(-(-num_tokens // num_groups)))
+def _block(num_tokens: int, num_groups: int, head_dim: int) -> int:
+    """Tokens of a block: the whole slice if it is short; fewer if their channels take many registers."""
+    longest = 64 if head_dim <= 32 else 32
+    return 16 if is_interpreted() else min(longest, channel_block(-(-num_tokens // num_groups)))
+
+
+def _warps(block: int, head_dim: int) -> int:
+    """Warps of a program: one for 16 tokens, two if their channels take many registers."""
+    return block // 16 * (1 if head_dim <= 32 else 2)
 
 
 class _Attend(torch.autograd.Function):
@@ -260,10 +267,10 @@ class _Attend(torch.autograd.Function):
         grad, grad_qkv = grad.contiguous(), torch.empty_like(qkv)
         R, DP = qkv.shape[0], qkv.shape[1] // (3 * H)
         N = R // num_sequences
-        BM = _block(N, G)
+        BM = _block(N, G, DP)
         _attend_backward[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
             qkv, index, out, log_sums, grad, grad_qkv, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-            ORDER=order, num_warps=4, num_stages=1, enable_fp_fusion=True,
+            ORDER=order, num_warps=_warps(BM, DP), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         return grad_qkv, None, None, None, None
 
@@ -405,7 +412,7 @@ class _ProjResidual(torch.autograd.Function):
         rows = as_rows(x)
         y = torch.empty_like(rows)
         (R, C), (A, BC) = rows.shape, weight_cast.shape
-        tiles = tiles_for(FORWARD, BC, weight_cast.dtype)
+        tiles = tiles_for(FORWARD, BC)
         _proj_residual[(triton.cdiv(R, tiles.BM),)](
             rows, alpha, keep, attended, weight_cast, bias, y, R, C, x.shape[1],
             A=A, BM=tiles.BM, BC=BC, BA=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
@@ -421,7 +428,7 @@ class _ProjResidual(torch.autograd.Function):
         rows, alpha, keep, attended, weight = ctx.saved_tensors
         grad = as_rows(grad)
         (R, C), (A, BC) = rows.shape, weight.shape
-        tiles = tiles_for(BACKWARD, BC, weight.dtype)
+        tiles = tiles_for(BACKWARD, BC)
         programs = triton.cdiv(R, tiles.BM)
         grad_x, grad_attended = torch.empty_like(rows), torch.empty_like(attended)
         grad_branch = torch.empty(R, BC, dtype=weight.dtype, device=rows.device)

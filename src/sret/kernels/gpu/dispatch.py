@@ -1,8 +1,8 @@
 """Decides whether a residual runs in Triton kernels, and says why not.
 
 Everything that is unknown takes the plain formula of `sret.layers`: other devices, adapters, hooks, function
-transforms, compiled and exported code. The kernels were not yet measured on a GPU, so they are off until `SRET_TRITON=1`
-is set in the environment.
+transforms, compiled and exported code. The kernels were not yet measured on a GPU, so they are off until the
+environment has `SRET_TRITON=1`.
 """
 
 import os
@@ -21,7 +21,7 @@ from sret.kernels.conditions import autocast_dtype, is_transformed
 MIN_CAPABILITY = (8, 0)  # bfloat16 products
 MAX_CHANNELS = 512
 MAX_HEAD_CHANNELS = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)  # of products; in float32 they do not run on tensor cores
 
 _is_enabled = os.environ.get("SRET_TRITON", "") == "1"
 Packed = TypeVar("Packed")
@@ -38,7 +38,7 @@ def triton_kernels(is_enabled: bool) -> Iterator[None]:
         _is_enabled = outer
 
 
-def refusal(x: Tensor, num_channels: int, num_heads: int = 1) -> str | None:
+def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int = 1) -> str | None:
     """Why the kernels cannot compute a residual of x, (B, N, `num_channels`), or None if they can."""
     if not _is_enabled:
         return "the Triton kernels are off; SRET_TRITON=1 turns them on"
@@ -46,8 +46,8 @@ def refusal(x: Tensor, num_channels: int, num_heads: int = 1) -> str | None:
         return "compiled, exported and transformed code uses the plain formula"
     if type(x) not in (Tensor, nn.Parameter):
         return f"a {type(x).__name__} is not a plain tensor"
-    if x.dtype not in DTYPES:
-        return f"there is no kernel for {x.dtype}"
+    if x.dtype == torch.float64 or (compute_dtype(x, weight) not in DTYPES and not is_interpreted()):
+        return f"there is no kernel for products in {compute_dtype(x, weight)}; autocast to bfloat16 has one"
     if num_channels > MAX_CHANNELS:
         return f"there is no kernel for more than {MAX_CHANNELS} channels"
     if num_channels // num_heads > MAX_HEAD_CHANNELS:
@@ -115,10 +115,10 @@ def packed(module: nn.Module, dtype: torch.dtype, pack: Callable[[], Packed]) ->
         key = module, (dtype, is_differentiable)
         if key not in _current:
             _current[key] = pack()
-        return _current[key]  # type: ignore[no-any-return]
+        return _current[key]
     state = (dtype, *((p.data_ptr(), p._version if not p.is_inference() else 0, p.dtype) for p in module.parameters()))
     found = _frozen.get(module)
     if found is None or found[0] != state:
         with torch.no_grad():
             found = _frozen[module] = state, pack()
-    return found[1]  # type: ignore[no-any-return]
+    return found[1]

@@ -64,11 +64,12 @@ class PackedMlp:
 
     @classmethod
     def of(
-        cls, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, factor: Tensor | float | None, dtype: torch.dtype
+        cls, norm: nn.Module, fc1: nn.Linear, fc2: nn.Linear, factor: Tensor | float | None, dtype: torch.dtype
     ) -> "PackedMlp":
-        """Packs the layers of an MLP; `factor` scales the second layer."""
+        """Packs a LayerNorm and the layers of an MLP; `factor` scales the second layer."""
         dim, hidden = fc1.in_features, fc1.out_features
         more, more_hidden = channel_block(dim) - dim, padded(hidden, HIDDEN_MULTIPLE) - hidden
+        assert isinstance(norm, nn.LayerNorm)
         weight, bias = scaled(fc2, factor)
         w1 = pad(fc1.weight.float(), (0, more, 0, more_hidden))
         w2 = pad(weight.float().T, (0, more, 0, more_hidden)).contiguous()
@@ -117,7 +118,7 @@ class _MlpResidual(torch.autograd.Function):
         y = torch.empty_like(rows)
         R, C = rows.shape
         HIDDEN, BC = w1_cast.shape
-        tiles = tiles_for(FORWARD, BC, w1_cast.dtype)
+        tiles = tiles_for(FORWARD, BC)
         _forward[(triton.cdiv(R, tiles.BM),)](
             rows, alpha, keep, norm_weight, norm_bias, w1_cast, b1, w2_cast, b2, y, R, C, x.shape[1], eps,
             HIDDEN=HIDDEN, BM=tiles.BM, BC=BC, BH=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
@@ -134,7 +135,7 @@ class _MlpResidual(torch.autograd.Function):
         grad = as_rows(grad)
         R, C = rows.shape
         HIDDEN, BC = w1.shape
-        tiles = tiles_for(BACKWARD, BC, w1.dtype)
+        tiles = tiles_for(BACKWARD, BC)
         programs = triton.cdiv(R, tiles.BM)
         grad_x = torch.empty_like(rows)
         normed, grad_branch = (torch.empty(R, BC, dtype=w1.dtype, device=rows.device) for _ in range(2))
@@ -175,6 +176,7 @@ def _forward(
     normed = normalized * tl.load(norm_weight + columns)[None, :] + tl.load(norm_bias + columns)[None, :]
     branch = mlp_tile(normed.to(w1.dtype.element_ty), w1, b1, w2, BM, BC, BH, HIDDEN)
     branch += tl.load(b2 + columns)[None, :]
+    stream = load_tile(x, rows, columns, num_rows, num_channels, num_channels)  # loaded again: fewer registers
     out = residual_tile(stream, branch, alpha, keep, rows, num_rows, num_tokens, HAS_ALPHA, HAS_KEEP)
     store_tile(y, out, rows, columns, num_rows, num_channels, num_channels)
 

@@ -27,7 +27,7 @@ def whole_pass(
     attended, _ = attend(qkv, x.shape[0], slices, w.num_heads, w.head_dim)
     y = torch.empty_like(rows)
     (R, C), (A, BC) = rows.shape, w.proj_cast.shape
-    tiles = tiles_for(REST, BC, w.proj_cast.dtype)
+    tiles = tiles_for(REST, BC)
     last, last_alpha = projection or mlp
     _rest[(triton.cdiv(R, tiles.BM),)](
         rows, attended, w.proj_cast, w.proj_bias, attention[1], *_arguments(mlp[0]), mlp[1],
