@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FUSED = "fused attention has no second derivatives (create_graph=True); call timm.layers.set_fused_attn(False) before"
+TRITON = "the Triton kernels have no second derivatives (create_graph=True); unset SRET_TRITON"
 RECOMPUTED = "recomputed passes have no second derivatives (create_graph=True); use memory 'none'"
 
 Backward = Callable[..., tuple[Any, ...]]

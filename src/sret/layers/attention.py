@@ -107,10 +107,10 @@ class AttentionResidual(LearnableResidual):
         slices = triton_slices(x, num_groups, permutation)
         return attention_residual(x, self.packed(x), slices, *self.triton_factors(x))
 
-    def triton_refusal(self, x: Tensor) -> str | None:
-        """Why the Triton kernels cannot compute this residual of x, or None if they can."""
+    def size_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute a branch of this size, or None if they can."""
         attn = self.branch
-        return dispatch.refusal(x, attn.qkv.weight, attn.qkv.in_features, attn.num_heads) or self.weights_refusal()
+        return dispatch.refusal(x, attn.qkv.weight, attn.qkv.in_features, attn.num_heads)
 
     def packed(self, x: Tensor) -> "PackedAttention":
         """The weights as the Triton kernels read them."""
@@ -131,7 +131,7 @@ class AttentionResidual(LearnableResidual):
         weight, bias = attn.qkv.weight, attn.qkv.bias
         last = scaled(attn.proj, self.branch_factor())
         is_even = x.shape[1] % num_groups == 0
-        if isinstance(permutation, StridedPermutation) and is_even and not torch.compiler.is_exporting():
+        if permutation == StridedPermutation(num_groups) and is_even and not torch.compiler.is_exporting():
             y = strided_attention(lambda *p: norm_linear(x, self.norm, *p), weight, bias, attn.num_heads, num_groups)
             return linear(y, *last)
         return attn.between(

@@ -57,9 +57,9 @@ class MlpResidual(LearnableResidual):
 
         return mlp_residual(x, self.packed(x), *self.triton_factors(x))
 
-    def triton_refusal(self, x: Tensor) -> str | None:
-        """Why the Triton kernels cannot compute this residual of x, or None if they can."""
-        return dispatch.refusal(x, self.branch.fc1.weight, self.branch.fc1.in_features) or self.weights_refusal()
+    def size_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute a branch of this size, or None if they can."""
+        return dispatch.refusal(x, self.branch.fc1.weight, self.branch.fc1.in_features)
 
     def packed(self, x: Tensor) -> "PackedMlp":
         """The weights as the Triton kernels read them."""

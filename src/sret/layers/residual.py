@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from sret.kernels.conditions import has_hooks, is_transformed
+from sret.kernels.gpu import dispatch
 from sret.kernels.linear import is_plain
 
 
@@ -93,6 +94,10 @@ class LearnableResidual(nn.Module):
 
     def triton_refusal(self, x: Tensor) -> str | None:
         """Why the Triton kernels cannot compute this residual of x, or None if they can."""
+        return dispatch.off() or self.weights_refusal() or self.size_refusal(x)
+
+    def size_refusal(self, x: Tensor) -> str | None:
+        """Why the Triton kernels cannot compute a branch of this size, or None if they can."""
         return "there is no kernel for this branch"
 
     def weights_refusal(self) -> str | None:

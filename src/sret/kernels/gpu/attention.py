@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from sret.kernels.gpu.dispatch import is_interpreted
@@ -36,6 +35,7 @@ from sret.kernels.gpu.tiles import (
     weight_gradient,
 )
 from sret.kernels.linear import scaled
+from sret.kernels.second_order import TRITON, first_order
 
 HEAD_MULTIPLE = 16  # channels of a head are padded to a multiple, so that loads are aligned
 RASTER, STRIDED, INDEXED = 0, 1, 2  # orders of the tokens
@@ -160,7 +160,7 @@ class _NormLinear(torch.autograd.Function):
         return norm_linear(rows, norm_weight, norm_bias, weight_cast, bias, eps)
 
     @staticmethod
-    @once_differentiable
+    @first_order(TRITON)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, norm_weight, norm_bias, weight = ctx.saved_tensors
         (R, C), (K, BC) = rows.shape, weight.shape
@@ -260,7 +260,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order(TRITON)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, index, out, log_sums = ctx.saved_tensors
         num_sequences, G, order, H, head_dim = ctx.args
@@ -423,7 +423,7 @@ class _ProjResidual(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order(TRITON)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, alpha, keep, attended, weight = ctx.saved_tensors
         grad = as_rows(grad)

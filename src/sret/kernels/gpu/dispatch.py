@@ -38,16 +38,20 @@ def triton_kernels(is_enabled: bool) -> Iterator[None]:
         _is_enabled = outer
 
 
+def off() -> str | None:
+    """How to turn the kernels on, or None if they are on."""
+    return None if _is_enabled else "the Triton kernels are off; SRET_TRITON=1 turns them on"
+
+
 def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int = 1) -> str | None:
     """Why the kernels cannot compute a residual of x, (B, N, `num_channels`), or None if they can."""
-    if not _is_enabled:
-        return "the Triton kernels are off; SRET_TRITON=1 turns them on"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return "compiled, exported and transformed code uses the plain formula"
     if type(x) not in (Tensor, nn.Parameter):
         return f"a {type(x).__name__} is not a plain tensor"
-    if x.dtype == torch.float64 or (compute_dtype(x, weight) not in DTYPES and not is_interpreted()):
-        return f"there is no kernel for products in {compute_dtype(x, weight)}; autocast to bfloat16 has one"
+    dtype = compute_dtype(x, weight)
+    if dtype not in DTYPES and not (is_interpreted() and dtype == torch.float32):
+        return f"there is no kernel for products in {dtype}, but for bfloat16 and float16"
     if num_channels > MAX_CHANNELS:
         return f"there is no kernel for more than {MAX_CHANNELS} channels"
     if num_channels // num_heads > MAX_HEAD_CHANNELS:
@@ -92,7 +96,7 @@ _current: dict[tuple[nn.Module, Hashable], Any] | None = None
 
 def shared_packing() -> AbstractContextManager[None]:
     """A context in which weights are packed once for all passes; autograd then sums the gradients of packed weights."""
-    return _shared_packing() if _is_enabled and not torch.compiler.is_compiling() else nullcontext()
+    return _shared_packing() if off() is None and not torch.compiler.is_compiling() else nullcontext()
 
 
 @contextmanager

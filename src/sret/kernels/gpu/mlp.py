@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from sret.kernels.gpu.tiles import (
@@ -35,6 +34,7 @@ from sret.kernels.gpu.tiles import (
     weight_gradient,
 )
 from sret.kernels.linear import scaled
+from sret.kernels.second_order import TRITON, first_order
 
 HIDDEN_MULTIPLE = 64  # hidden channels are padded to a multiple of every BH
 
@@ -129,7 +129,7 @@ class _MlpResidual(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order(TRITON)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, alpha, keep, norm_weight, norm_bias, b1, w1, w2 = ctx.saved_tensors
         grad = as_rows(grad)
