@@ -1,5 +1,7 @@
 """A run that is killed, stopped or out of disk, at any moment: nothing is lost, and it ends with the same bits."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -28,7 +30,7 @@ from sret.cli.main import main
 from sret.data.loading import TrainDataset
 from sret.training import loop
 from sret.training.config import RuntimeConfig, TrainConfig
-from sret.training.lock import locked
+from sret.training.lock import LOCK, locked
 from sret.training.loop import train
 from sret.training.run_dir import CONTENTS, LAST, STATE
 
@@ -232,6 +234,31 @@ def test_a_folder_that_a_run_writes_to_is_refused_and_the_lock_of_a_killed_run_i
     with locked(out):
         (out / "file").write_text("")
     assert [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path), locked(tmp_path):
+        (tmp_path / "file").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Between opening the file and locking it the holder may have ended: the next run makes and locks another file."""
+    flock, removed = fcntl.flock, []
+
+    def remove_first(file: int, operation: int) -> None:
+        if not removed:
+            removed.append(file)
+            (tmp_path / LOCK).unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with locked(tmp_path), pytest.raises(InputError, match="is in use by process"), locked(tmp_path):
+        pass
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):

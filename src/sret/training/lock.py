@@ -3,15 +3,17 @@
 If the file system has no locks, a second run is detected by the digest of the state (`run_dir.save_run`).
 """
 
+import errno
+import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 
 from sret.errors import InputError
 from sret.files import TEMPORARY
@@ -20,6 +22,8 @@ from sret.training.distributed import raise_together
 LOCK = ".lock"
 # Seconds. The loading processes of a killed run hold its lock until they notice, which they check every 5 s.
 ORPHANS_END = 10
+HELD = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network file systems
 
 
 @contextmanager
@@ -45,43 +49,57 @@ def locked(out: Path) -> Iterator[None]:
 def _locked(out: Path) -> Iterator[None]:
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     path = out / LOCK
-    lock = FileLock(path)
     try:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, out)
+            file = _acquire(path)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except OSError as error:
             raise InputError(
                 f"{out}: cannot be written to ({error.strerror or error}); choose another --out"
             ) from error
         try:
+            for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
             yield
         finally:
-            if lock.is_locked:
-                path.unlink(missing_ok=True)  # before its release: afterwards it may be another run's
-                lock.release()
+            path.unlink(missing_ok=True)  # before its release: afterwards it may be another run's
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: loading processes inherit the file
+            os.close(file)
     finally:
         with suppress(OSError):  # not empty
             for folder in new:
                 folder.rmdir()
 
 
-def _acquire(lock: FileLock, out: Path) -> None:
-    path = out / LOCK
+def _acquire(path: Path) -> int:
+    """Locks a file and returns its descriptor. Raises `InputError` if another run holds the lock."""
+    until = None
+    while (file := _try_to_lock(path)) is None:
+        until = until or time.monotonic() + (0 if _is_running(path) else ORPHANS_END)
+        if time.monotonic() >= until:
+            raise InputError(f"{path.parent} is in use by {_holder(path)}; wait for it, or choose another --out")
+        time.sleep(0.1)
+    return file
+
+
+def _try_to_lock(path: Path) -> int | None:
+    """The descriptor of the file, locked if its file system has locks; None if another process holds the lock."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if _is_running(path):
-                raise
-            lock.acquire(timeout=ORPHANS_END)
-    except Timeout:
-        raise InputError(f"{out} is in use by {_holder(path)}; wait for it, or choose another --out") from None
-    except NotImplementedError:  # a file system without locks
-        return
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return file
+        os.close(file)
+        if error.errno in HELD:
+            return None
+        raise
+    os.close(file)  # its holder has removed it meanwhile
+    return _try_to_lock(path)
 
 
 def _holder(path: Path) -> str:
