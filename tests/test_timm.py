@@ -294,6 +294,27 @@ def test_a_model_saved_for_the_hub_is_created_again(tmp_path):
         assert torch.equal(found, model.state_dict()[block]), options
 
 
+@pytest.mark.parametrize("make", ["config", "load", "create"])
+def test_any_model_is_saved_for_the_hub_and_created_again(tmp_path, make):
+    config = small_config(in_chans=1, img_size=(64, 96), permutation="strided")
+    model = SReT(config)
+    if make == "load":
+        preprocessing = Preprocessing(img_size=(64, 96), mean=(0.1,), std=(0.3,))
+        save_weights(tmp_path / "m.safetensors", model.state_dict(), Card(config=config, preprocessing=preprocessing))
+        model = sret.load(tmp_path / "m.safetensors")
+    elif make == "create":
+        model = timm.create_model("sret_s", **{k: v for k, v in config.to_dict().items() if k != "memory"})
+        model.set_input_size(48)
+    save_for_hf(model.eval(), tmp_path / "hub")
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert again.config == model.config
+    if make == "load":
+        assert again.pretrained_cfg["mean"] == [0.1]
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
 def test_the_cfg_of_a_loaded_model_is_that_of_its_card(tmp_path):
     config = small_config(in_chans=1, img_size=32)
     assert resolve_data_config({}, model=SReT(config))["input_size"] == (1, 32, 32)

@@ -8,6 +8,7 @@ from timm.models import get_pretrained_cfg
 from sret.checkpoints import download
 from sret.checkpoints.card import Card, load_weights
 from sret.checkpoints.files import EXPORTED_SUFFIXES
+from sret.checkpoints.hub import fetch_hub, is_hub
 from sret.checkpoints.official import load_official
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, did_you_mean
@@ -23,7 +24,7 @@ def resolve(source: str | os.PathLike[str], variant: str | None = None) -> tuple
 
     Args:
         source: a weights file of ours; one of the authors' files; or a published name such as `sret_t.dist_in1k`,
-            whose weights are downloaded. An existing file takes precedence over a name.
+            whose weights are downloaded; or `hf-hub:owner/name`. An existing file takes precedence over a name.
         variant: the model of the authors' file; by default its shapes and its name decide.
 
     Raises `InputError` for a file that is missing or cannot be read, and for a name that was not published.
@@ -44,6 +45,8 @@ def find_file(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
 
     Raises `InputError` for a missing file, and for a name that was not published.
     """
+    if is_hub(source):
+        return fetch_hub(source), None
     if not is_name(source):
         path = Path(source)
         if not path.exists():

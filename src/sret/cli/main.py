@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "compare models: time, memory, MACs",
     "info": "list the published models, or show one model in detail",
     "convert": "convert the authors' checkpoints to safetensors, and back",
+    "push": "upload a model to the Hugging Face Hub",
     "export": "export a model to ONNX Runtime or OpenVINO",
 }
 

@@ -31,6 +31,7 @@ from sret.layers import (
 )
 from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig, num_stem_maps
 from sret.models.timm_cfg import timm_cfg
+from sret.models.variants import architecture_of
 
 
 @register_notrace_module  # torch.fx takes a stage as one node: it draws permutations
@@ -141,6 +142,9 @@ class SReT(nn.Module):
         self.head = nn.Linear(dims[-1], config.num_classes) if config.num_classes else nn.Identity()
         self.set_memory(config.memory)
         self.pretrained_cfg = self.default_cfg = timm_cfg(config)
+        # What timm saves for the hub, beside the configuration above.
+        self._model_args = architecture_of(config)[1]
+        self._traits = {"img_size": config.input_size}
 
     @property
     def permuter(self) -> Permuter:
@@ -245,6 +249,8 @@ class SReT(nn.Module):
         """Resizes the position embedding to images of `img_size` pixels, one number or (height, width)."""
         self.config = replace(self.config, img_size=img_size)
         self.pos_embed.set_grid(self.config.grids()[0])
+        self._model_args = {**self._model_args, "img_size": self.config.input_size}
+        self._traits = {**self._traits, "img_size": self.config.input_size}
 
     def set_memory(self, policy: str) -> None:
         """Sets the activation checkpointing policy, see `ModelConfig.memory`; weights and outputs stay the same.

@@ -6,6 +6,7 @@ from typing import Any
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from sret.models.config import ModelConfig
+from sret.models.variants import architecture_of
 
 
 def timm_cfg(
@@ -18,6 +19,7 @@ def timm_cfg(
     """The configuration. Mean and std default to those of ImageNet, or to 0.5 if there are not three channels."""
     is_rgb = config.in_chans == 3
     return {
+        "architecture": architecture_of(config)[0],
         "num_classes": config.num_classes,
         "input_size": (config.in_chans, *config.input_size),
         "pool_size": config.grids()[-1],

@@ -4,7 +4,8 @@ Sizes and slices: Shen, Liu, Xing, ECCV 2022, arXiv:2111.05297 and the authors' 
 ImageNet-1K top-1; none has been reproduced here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from sret.errors import InputError, did_you_mean
 from sret.models.config import ModelConfig, StageConfig
@@ -123,3 +124,19 @@ def config_of(name: str) -> ModelConfig:
         tags = [release.partition(".")[2] for release in RELEASES if release.startswith(f"{variant}.")]
         raise InputError(f"{variant} has no weights tagged {tag!r}{did_you_mean(tag, tags)}; it has {', '.join(tags)}")
     return CONFIGS[variant]
+
+
+# What timm sets by itself, or what only concerns training.
+_NOT_BUILT_IN = ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
+
+
+def architecture_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The named model that is nearest to a configuration, and the fields to change, as plain values for timm."""
+    names = [field.name for field in fields(config) if field.name not in _NOT_BUILT_IN]
+    changed = {
+        variant: [name for name in names if getattr(config, name) != getattr(known, name)]
+        for variant, known in CONFIGS.items()
+    }
+    nearest = min(changed, key=lambda variant: len(changed[variant]))
+    values = config.to_dict() if changed[nearest] else {}
+    return nearest, {name: values[name] for name in changed[nearest]}

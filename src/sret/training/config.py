@@ -40,8 +40,9 @@ class TrainConfig:
         data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a data set of the Hugging
             Face Hub; or a folder of images, of parquet files or of WebDataset shards.
         exif_orientation: rotate photos by their EXIF orientation, in training and in prediction.
-        init: weights to start from: a weights file of sret or of the authors, or a published name such as
-            sret_t.dist_in1k. Their depth, classes, channels and image size may differ. By default random.
+        init: weights to start from: a weights file of sret or of the authors, a published name such as
+            sret_t.dist_in1k, or hf-hub:owner/name. Their depth, classes, channels and image size may differ. By
+            default random.
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
         optimizer: AdamW, SGD, LAMB, Lion, NAdamW or ADOPT of timm.

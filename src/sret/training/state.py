@@ -102,6 +102,7 @@ class TrainingState:
         about = {
             "recipe": setup.recipe,
             "data": setup.sources["data"],
+            "val_images": len(setup.data.split("val")),
             "step": self.step,
             "metrics": self.rows[-1] if self.rows and self.rows[-1]["step"] == self.step else {},
             "versions": setup.versions,

@@ -7,8 +7,8 @@ from typing import Any
 
 ImageSize = int | tuple[int, int] | None  # pixels, or (height, width)
 
-WEIGHTS = "a weights file, or a published name such as sret_t.dist_in1k"
-CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, or a file written by sret export"
+WEIGHTS = "a weights file, a published name such as sret_t.dist_in1k, or hf-hub:owner/name"
+CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, hf-hub:owner/name, or an exported file"
 IMAGES = "image files, folders, or patterns such as 'photos/**/*.jpg'"
 NUM_WORKERS = "processes that load images"
 MAX_CORRUPT = "number of unreadable images that may be skipped"
