@@ -170,7 +170,7 @@ def test_unequal_classes_are_told_and_can_be_balanced(tmp_path, capsys):
     train_photos = ["train", "--data", str(tmp_path / "photos"), *options, "--max_steps", "1"]
     assert main([*train_photos, "--out", str(tmp_path / "plain")]) == 0
     plain = capsys.readouterr()
-    assert "; 4 (rare) to 41 (common) per class in train" in plain.out
+    assert "; from 4 (class rare) to 41 (class common) in train" in plain.out
     assert "classes have 4 to 41 training images" in plain.err
     assert main([*train_photos, "--class_balance", "1", "--out", str(tmp_path / "balanced")]) == 0
     assert "classes have" not in capsys.readouterr().err

@@ -111,8 +111,9 @@ def test_a_model_has_the_outputs_and_gradients_of_the_formula(memory):
     found = step()
     with triton_kernels(False):
         expected = step()
+    largest = max(b.detach().abs().max().item() for b in expected)  # gradients of biases before a norm are rounding
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * b.detach().abs().max().item() + 1e-7, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=1e-4 * b.detach().abs().max().item() + 1e-6 * largest, rtol=1e-3)
 
 
 def test_changed_weights_are_packed_anew():

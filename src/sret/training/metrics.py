@@ -148,10 +148,10 @@ def describe(console: Console, model: SReT, data: ImageData) -> None:
     sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in data.splits.items())
     height, width = model.config.input_size
     labels, counts = np.unique(np.asarray(data.split("train").labels), return_counts=True)
-    least, most = (f"{counts[i]:,} ({data.class_names[labels[i]]})" for i in (counts.argmin(), counts.argmax()))
-    per_class = f"{least} to {most}" if counts.min() < counts.max() else f"{counts.min():,}"
+    least, most = (f"{counts[i]:,} (class {data.class_names[labels[i]]})" for i in (counts.argmin(), counts.argmax()))
+    per_class = f"from {least} to {most}" if counts.min() < counts.max() else f"{counts.min():,} per class"
     console.print(
-        f"Data    {data.name}: {len(data.class_names)} classes; images: {sizes}; {per_class} per class in train",
+        f"Data    {data.name}: {len(data.class_names)} classes; images: {sizes}; {per_class} in train",
         soft_wrap=True,
         markup=False,
     )

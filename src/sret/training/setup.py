@@ -136,9 +136,6 @@ def prepare(
             distributed.shard(part)
     optimizer = accelerator.prepare(make_optimizer(model, config))
     schedule = make_schedule(optimizer.optimizer, config, batches.steps)
-    if runtime.compile:
-        model.compile()
-    net: nn.Module = model if runtime.fsdp else distributed.replicate(model, accelerator.device)
     setup = Setup(
         config=config,
         runtime=runtime,
@@ -155,7 +152,7 @@ def prepare(
         train_loader=train_loader,
         val_loader=val_loader,
         model=model,
-        net=net,
+        net=make_net(model, runtime, accelerator.device),
         ema=ema,
         teacher=teacher,
         frozen=frozen,
@@ -165,6 +162,13 @@ def prepare(
         temperature=temperature_of(config),
     )
     return setup, found
+
+
+def make_net(model: SReT, runtime: RuntimeConfig, device: torch.device) -> nn.Module:
+    """The model as steps call it: compiled if asked for, and replicated on all processes unless it is sharded."""
+    if runtime.compile:
+        model.compile()
+    return model if runtime.fsdp else distributed.replicate(model, device)
 
 
 def find_common_state(

@@ -235,7 +235,7 @@ def attend(qkv: Tensor, num_sequences: int, slices: Slices, num_heads: int, head
     BM = _block(N, G, DP)
     _attend[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
         qkv, slices.index, out, log_sums, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-        ORDER=slices.order, num_warps=_warps(BM, DP), num_stages=2, enable_fp_fusion=True,
+        ORDER=slices.order, num_warps=_warps(BM, channel_block(DP)), num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     return out, log_sums
 
@@ -246,9 +246,9 @@ def _block(num_tokens: int, num_groups: int, head_dim: int) -> int:
     return 16 if is_interpreted() else min(longest, channel_block(-(-num_tokens // num_groups)))
 
 
-def _warps(block: int, head_dim: int) -> int:
-    """Warps of a program: one for 16 tokens, two if their channels take many registers."""
-    return block // 16 * (1 if head_dim <= 32 else 2)
+def _warps(block: int, head_block: int) -> int:
+    """Warps of a program: one for 512 numbers of its tokens' q."""
+    return max(1, block * head_block // 512)
 
 
 class _Attend(torch.autograd.Function):
@@ -270,7 +270,7 @@ class _Attend(torch.autograd.Function):
         BM = _block(N, G, DP)
         _attend_backward[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
             qkv, index, out, log_sums, grad, grad_qkv, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-            ORDER=order, num_warps=_warps(BM, DP), num_stages=1, enable_fp_fusion=True,
+            ORDER=order, num_warps=_warps(BM, channel_block(DP)), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         return grad_qkv, None, None, None, None
 
