@@ -9,7 +9,7 @@ from sret.checkpoints.card import save_weights
 from sret.checkpoints.official import to_official
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError
-from sret.files import write_atomically
+from sret.files import format_bytes, write_atomically
 
 
 def convert(source: str, target: Path, variant: str | None = None) -> str:
@@ -37,6 +37,5 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
         write_atomically(target, buffer.getvalue())
     else:
         save_weights(target, model.state_dict(), card)
-    size = target.stat().st_size / 2**20
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{target}: {parameters:,} parameters, {model.num_classes} classes, {size:.1f} MiB"
+    return f"{target}: {parameters:,} parameters, {model.num_classes} classes, {format_bytes(target.stat().st_size)}"

@@ -1,12 +1,12 @@
 """Downloads published checkpoints from the authors' public Drive ids, once."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from sret.checkpoints.files import read_pickle
 from sret.errors import InputError
+from sret.files import replacing
 from sret.models.variants import RELEASES
 
 
@@ -20,7 +20,7 @@ def is_drive_url(url: object) -> bool:
     return isinstance(url, str) and url.startswith(drive_url(""))
 
 
-def cache_dir() -> Path:
+def checkpoint_dir() -> Path:
     """The folder of downloaded files: in torch's hub directory, as timm's are."""
     return Path(torch.hub.get_dir()) / "checkpoints" / "sret"
 
@@ -34,20 +34,16 @@ def fetch(url: str) -> Path:
 
     drive_id = url.removeprefix(drive_url(""))
     name = next((name for name, release in RELEASES.items() if release.drive_id == drive_id), drive_id)
-    path = cache_dir() / f"{name}.pth"
+    path = checkpoint_dir() / f"{name}.pth"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
     try:
-        gdown.download(url=url, output=str(partial), quiet=False)
-        read_pickle(partial)  # when a quota is exceeded, Drive sends a web page: do not cache that
-        partial.replace(path)
+        with replacing(path) as partial:
+            gdown.download(url=url, output=str(partial), quiet=False)
+            read_pickle(partial)  # when a quota is exceeded, Drive sends a web page: do not cache that
     except Exception as error:
         raise InputError(
             f"could not download {name} from {url} ({error}); open this address in a browser, and move the file to "
             f"{path}, or use sret.load_official(FILE)"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sret.checkpoints.resolve import is_name
 from sret.export.runtime import load_model
+from sret.files import format_bytes
 from sret.models.cost import model_cost
 from sret.models.variants import CONFIGS, RELEASES, config_of
 
@@ -64,7 +65,7 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
     cost = model_cost(config, size)
     height, width = size or config.input_size
     console.print(
-        f"{name} at {height}x{width}: {cost.parameters:,} parameters ({cost.bytes / 2**20:.1f} MiB in float32), "
+        f"{name} at {height}x{width}: {cost.parameters:,} parameters ({format_bytes(cost.bytes)} in float32), "
         f"{cost.macs / 1e9:.3f} G MACs ({cost.flops / 1e9:.3f} GFLOPs), {config.depth} layers",
         soft_wrap=True,
     )

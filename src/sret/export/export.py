@@ -34,6 +34,7 @@ from sret.export.verify import (
     random_batches,
     random_subset,
 )
+from sret.files import format_bytes
 from sret.models.sret import SReT
 from sret.ranges import PositiveInt, check_number
 from sret.version import __version__
@@ -62,7 +63,7 @@ class Export:
         images = f"{found.count} {self.images}"
         same = "" if found.agreement is None else f"; the same top-1 for {found.agreement:.2f} %"
         lines = [
-            f"{self.path}: {self.size / 2**20:.1f} MiB, {self.dtype} for {self.engine}",
+            f"{self.path}: {format_bytes(self.size)}, {self.dtype} for {self.engine}",
             f"parity on {images}: logits differ by at most {found.difference:.1e}, the largest is "
             f"{found.scale:.3g}{same}",
         ]
@@ -161,9 +162,7 @@ def _images(
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which is deleted afterwards, also after an error."""
-    folder = out.with_name(
-        f".{out.name}.tmp"
-    )  # always the same name, so that the next export deletes what a killed process left
+    folder = out.with_name(f".{out.name}.tmp")  # one name, so that the next export deletes what a killed one left
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -25,12 +25,12 @@ from torch import Tensor
 from sret.data.dataset import ImageData
 from sret.data.loading import Unreadable
 from sret.errors import InputError
+from sret.files import format_bytes
 from sret.inference.evaluate import Metrics
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
 from sret.training.signals import StopRequest
 
-MIB = 1 << 20
 FLUSH_SECONDS = 1.0  # between two flushes, about
 MAX_STEPS_PER_FLUSH = 50
 
@@ -185,9 +185,9 @@ class Progress:
         loss, accuracy = (float(np.mean(values)) for values in (metrics.losses, metrics.accuracies))
         speed, memory = len(metrics.losses) * batch_size / metrics.seconds, memory_in_use(self.accelerator.device)
         epoch = (step - 1) // self.epoch_steps + 1
-        text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.0%}  {speed:,.0f}/s  {memory / MIB:,.0f} MiB"
+        text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.0%}  {speed:,.0f}/s  {format_bytes(memory)}"
         self.bar.update(self.task, completed=step, description=text)
-        values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / MIB}
+        values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / 2**20}
         self.accelerator.log({**{f"train/{key}": value for key, value in values.items()}, "rate": rate}, step=step)
 
     def epoch(self, row: Mapping[str, Any], best: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import tarfile
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from sret.data.dataset import ImageData, Samples
 from sret.data.image_files import image_suffixes
 from sret.data.preprocess import Encoded
 from sret.errors import InputError, InputWarning, first_few
-from sret.files import cache_dir
+from sret.files import cache_dir, replacing
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
 MAX_CLASSES = 1_000_000  # a larger label is an error; names and weights for so many classes would fill the memory
@@ -167,17 +166,8 @@ def read_index(path: Path) -> Shard:
 
 
 def _store(path: Path, **arrays: NDArray[np.generic]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, suffix=".tmp"
-    )  # a unique name: other processes may store it too
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:  # by name, numpy would add a suffix
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def make_index(path: Path) -> Shard:
