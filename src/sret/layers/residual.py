@@ -16,9 +16,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sret.kernels.conditions import has_hooks, is_transformed
+from sret.kernels.conditions import has_hooks
 from sret.kernels.gpu import dispatch
-from sret.kernels.linear import is_plain
+from sret.kernels.linear import is_plain, is_recomputed
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class LearnableResidual(nn.Module):
 
 def weighted_sum(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
     """alpha x + y, for alpha of shape (1,), in one kernel."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed():
+    if is_recomputed(x):
         return cast(Tensor, _WeightedSum.apply(x, alpha, y))
     return torch.addcmul(y, x, alpha)
 
