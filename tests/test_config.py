@@ -1,13 +1,11 @@
 import json
 from dataclasses import FrozenInstanceError, fields, replace
-from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_config
 
-import sret
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.training.config import TrainConfig
 
 
 def stage(**changes: object) -> StageConfig:
@@ -93,16 +91,55 @@ def test_unknown_fields_are_named_with_the_nearest():
 
 @pytest.mark.parametrize("size", [(224, 224), (232, 232), (256, 192), (96, 96), (33, 65)])
 def test_grids_are_those_the_model_makes(size):
-    import torch
-
     config = small_config()
     maps = SReT(config).eval().forward_intermediates(torch.zeros(1, 3, *size), intermediates_only=True)
     assert [tuple(m.shape[-2:]) for m in maps] == config.grids(size)
 
 
-@pytest.mark.parametrize("kind", [StageConfig, ModelConfig, TrainConfig])
-def test_every_field_is_read_by_some_code(kind):
-    source = "\n".join(path.read_text() for path in Path(sret.__file__).parent.rglob("*.py"))
-    for field in fields(kind):
-        reads = source.count(f".{field.name}")
-        assert reads, f"nothing reads {kind.__name__}.{field.name}"
+OTHER_VALUES = {
+    "img_size": 64,
+    "in_chans": 1,
+    "num_classes": 7,
+    "stem_stride": 4,
+    "learnable_residual": False,
+    "residual_scale": "passes",
+    "reversible": True,
+    "memory": "pass",
+    "permutation": "strided",
+    "drop_rate": 0.5,
+    "drop_path_rate": 0.9,
+    "global_pool": "max",
+}
+OTHER_STAGES = {
+    "embed_dim": 32,
+    "num_heads": 4,
+    "num_blocks": 3,
+    "groups": (4, 2, 1),
+    "mlp_ratio": 3.0,
+    "projection_ratio": None,
+}
+
+
+def behaviour(config: ModelConfig) -> dict[str, object]:
+    """What may depend on a configuration: the tensors of a model, a prediction in training, what backward stores."""
+    torch.manual_seed(0)
+    model, stored = SReT(config).train(), []
+    x = torch.randn(2, config.in_chans, *config.input_size)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tensor.numel()), lambda _: None):
+        logits = model(x)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    return {"shapes": shapes, "logits": logits.tolist(), "stored": sum(stored)}
+
+
+def test_every_field_counts():
+    """A model of another value of a field is another one, or stores something else for backward."""
+    base = stage(groups=(4, 2), num_blocks=2)
+    config = small_config(stages=(base,), img_size=32)
+    before = behaviour(config)
+    assert behaviour(config) == before
+    for name, value in OTHER_VALUES.items():
+        assert behaviour(replace(config, **{name: value})) != before, name
+    for name, value in OTHER_STAGES.items():
+        assert behaviour(replace(config, stages=(replace(base, **{name: value}),))) != before, name
+    assert {"stages", *OTHER_VALUES} == {field.name for field in fields(ModelConfig)}
+    assert OTHER_STAGES.keys() == {field.name for field in fields(StageConfig)}

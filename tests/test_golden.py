@@ -25,8 +25,10 @@ def path_of(name: str) -> Path:
     return next((p for p in (DATA / f"{name}.safetensors", SHARED / f"{name}.safetensors") if p.exists()), SHARED)
 
 
-@pytest.fixture(params=[name for name in RECORDINGS if path_of(name).is_file()])
+@pytest.fixture(params=RECORDINGS)
 def recording(request):
+    if not path_of(request.param).is_file():
+        pytest.skip(f"{request.param} lies in the project's shared folder, which is not beside this checkout")
     blocks, groups, mlp_ratio = RECORDINGS[request.param]
     stages = tuple(
         StageConfig(embed_dim=8 * h, num_heads=h, num_blocks=b, groups=g, mlp_ratio=mlp_ratio, projection_ratio=1.0)

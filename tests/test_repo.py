@@ -1,5 +1,6 @@
 """What a maintainer relies on: versions agree, documents speak of what exists, nothing large or foreign is tracked."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,11 +26,22 @@ def test_links_in_the_documents_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_design_names_every_module():
-    design = (ROOT / "docs" / "design.md").read_text()
-    for path in (ROOT / "src" / "sret").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in design, path.name
+def test_the_tree_in_the_design_is_the_package():
+    """Every file stands there with the first line of its docstring, and a folder with that of its `__init__.py`."""
+    tree = (ROOT / "docs" / "design.md").read_text().split("\nsrc/sret/\n")[1].split("\nrecipes/")[0]
+    folders: list[str] = []
+    drawn = {}
+    for line in tree.splitlines():
+        name, _, text = line.strip().partition(" ")
+        del folders[(len(line) - len(line.lstrip())) // 2 - 1 :]
+        if name.endswith("/"):
+            folders.append(name.removesuffix("/"))
+            name = "__init__.py"
+        drawn["/".join([*folders, name])] = text.strip()
+    package = ROOT / "src" / "sret"
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text())) for path in package.rglob("*.py")}
+    first_lines = {path: (text or "").partition("\n")[0].removesuffix(".") for path, text in docstrings.items()}
+    assert drawn == {path.relative_to(package).as_posix(): line for path, line in first_lines.items()}
 
 
 def test_every_public_thing_has_a_docstring():
