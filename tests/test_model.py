@@ -120,6 +120,24 @@ def test_checkpointing_changes_no_gradient(permutation):
     assert recomputed.config.memory == "none"
 
 
+def test_initial_weights_have_the_spread_of_torch_s_defaults_and_positions_0_02():
+    stage = StageConfig(embed_dim=96, num_heads=3, num_blocks=1, groups=(4, 2))
+    model = SReT(ModelConfig(stages=(stage, replace(stage, embed_dim=192)), num_classes=100))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):  # uniform between -1 / sqrt(inputs) and its negative
+            limit = module.weight[0].numel() ** -0.5
+            assert module.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
+            assert module.weight.abs().max() <= limit, name
+            assert 0 < module.bias.abs().max() <= limit, name
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            assert module.weight.eq(1).all(), name
+            assert module.bias.eq(0).all(), name
+    assert model.pos_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    coefficients = [p for name, p in model.named_parameters() if name.endswith(("alpha", "beta"))]
+    assert len(coefficients) == 16
+    assert all(p.item() == 1 for p in coefficients)
+
+
 def test_stochastic_depth_grows_with_depth_one_rate_per_block():
     model = SReT(small_config(drop_path_rate=0.5))
     rates = [getattr(r.block.attn.drop_path, "drop_prob", 0.0) for stage in model.stages for r in stage.recursions]

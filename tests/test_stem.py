@@ -13,6 +13,14 @@ def test_the_stem_divides_the_image_and_rounds_up(stride, size):
     assert y.min() >= 0  # the last of its layers is a ReLU
 
 
+@pytest.mark.parametrize(("stride", "halved"), [(8, (1, 2, 3)), (4, (1, 2, 2)), (2, (1, 1, 1)), (1, (0, 0, 0))])
+def test_the_first_convolutions_halve_the_image(stride, halved):
+    """The earlier an image is halved, the less the next convolutions cost."""
+    maps: list[torch.Tensor] = []
+    ConvStem(3, 16, STEM_STRIDES[stride])(torch.randn(1, 3, 32, 32), maps)
+    assert [y.shape[-1] for y in maps] == [32 // 2**n for n in halved]
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])
 def test_the_pool_halves_and_mixes_no_channels(size):
     pool = ConvPool(4, 8)

@@ -26,7 +26,7 @@ from sret.training.distillation.precompute import write_soft_labels
 from sret.training.loop import train
 from sret.training.metrics import selection_key
 from sret.training.optim import make_optimizer, make_schedule
-from sret.training.run_dir import BEST, CONTENTS, LAST, METRICS, STATE
+from sret.training.run_dir import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
 from sret.version import versions
 
 pytestmark = pytest.mark.usefixtures("quick_report")
@@ -145,6 +145,20 @@ SHOWN_ELSEWHERE = {
     "ema_decay",
     "patience",
 }
+
+
+def test_the_state_is_written_last_and_the_weights_first(tmp_path, monkeypatch):
+    """Whenever a run is killed, the weights and metrics beside its state are complete, and not older than it."""
+    written, replace_file = [], Path.replace
+
+    def record(self, target):
+        written.append(Path(target).name)
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", record)
+    train(replace(RECIPE, epochs=1, warmup_epochs=0), tmp_path / "run", runtime=RuntimeConfig(save_every=3))
+    saves = [[STATE], [LAST, METRICS, STATE], [LAST, BEST, METRICS, STATE]]
+    assert [name for name in written if name != REPORT] == [name for save in saves for name in save]
 
 
 @pytest.mark.slow
