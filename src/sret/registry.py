@@ -28,6 +28,7 @@ def _default_cfg(name: str, release: Release | None = None) -> dict[str, Any]:
 
 _cfgs: dict[str, Any] = {name: _default_cfg(name, release) for name, release in RELEASES.items()}
 _cfgs |= {name: _default_cfg(name) for name in DEEP}
+# `register_model` reads this name in the module of an entry point.
 default_cfgs = generate_default_cfgs(_cfgs)
 
 

@@ -117,8 +117,9 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
             if _hidden_dim(before) != _hidden_dim(after):
                 adapted[key] = torch.zeros_like(fresh) if name in _SECOND_LAYER else fresh
                 continue
-            number = (2 * int(match[2]) + 1) * before.num_passes // (2 * after.num_passes)
-            taken = key.replace(f".projections.{match[2]}.", f".projections.{number}.")
+            taken = key.replace(
+                f".projections.{match[2]}.", f".projections.{_pass_before(int(match[2]), before, after)}."
+            )
         if name in _COEFFICIENTS:
             factors = source.residual_factor(before), target.residual_factor(after)
             value = state_dict.get(taken, torch.ones(1))
@@ -170,6 +171,11 @@ def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Ten
     return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
 
 
+def _pass_before(pass_index: int, before: StageConfig, after: StageConfig) -> int:
+    """The pass of `before` whose projection a pass of `after` gets: the one at the same relative position."""
+    return (2 * pass_index + 1) * before.num_passes // (2 * after.num_passes)
+
+
 def _hidden_dim(stage: StageConfig) -> int:
     """Hidden channels of each projection; 0 if there are none."""
     return int(stage.embed_dim * (stage.projection_ratio or 0))
@@ -189,7 +195,7 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
             widths = f" ({now} hidden channels instead of {then})" if then else ""
             passes += f"; {after.num_blocks * after.num_passes} new projections{widths}, adding nothing at first"
         else:
-            used = {(2 * k + 1) * before.num_passes // (2 * after.num_passes) for k in range(after.num_passes)}
+            used = {_pass_before(i, before, after) for i in range(after.num_passes)}
             passes += f"; {after.num_blocks * after.num_passes} projections from {before.num_blocks * len(used)} of "
             passes += f"{before.num_blocks * before.num_passes}"
         lines.append(passes)

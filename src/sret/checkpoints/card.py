@@ -55,6 +55,7 @@ class Card:
             raise InputError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
 
     def name_of(self, label: int) -> str:
+        """The name of a class, or its number if the names are unknown."""
         return self.class_names[label] if self.class_names else str(label)
 
     def check_classes(self, data_name: str, class_names: tuple[str, ...]) -> None:
@@ -69,6 +70,7 @@ class Card:
             raise InputError(f"{data_name} has other classes than the checkpoint: {first_few(pairs)}")
 
     def to_json(self) -> str:
+        """The card as text; `from_json` reads it back."""
         return json.dumps({**asdict(self), "format": FORMAT})
 
     @classmethod
@@ -77,9 +79,9 @@ class Card:
         values = json.loads(text)
         found = values.get("format", 1)
         if found != FORMAT:
-            age, cure = ("a newer", "update sret") if found > FORMAT else ("an older", "train or convert again")
+            age, advice = ("a newer", "update sret") if found > FORMAT else ("an older", "train or convert again")
             raise _OtherFormat(
-                f"written in format {found} by {age} version of sret; this version reads format {FORMAT}: {cure}"
+                f"written in format {found} by {age} version of sret; this version reads format {FORMAT}: {advice}"
             )
         config, preprocessing = ModelConfig.from_dict(values["config"]), Preprocessing(**values["preprocessing"])
         if (config.in_chans, *config.input_size) != (len(preprocessing.mean), *preprocessing.img_size):
@@ -125,17 +127,10 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
         model = _build(card)
         load_strictly(model, state_dict)
     preprocessing = card.preprocessing
-    model.pretrained_cfg = model.default_cfg = {
-        **timm_cfg(
-            card.config,
-            preprocessing.mean,
-            preprocessing.std,
-            preprocessing.crop_pct,
-            preprocessing.interpolation,
-        ),
-        "input_size": (card.config.in_chans, *preprocessing.img_size),
-        "label_names": card.class_names or None,
-    }
+    cfg = timm_cfg(
+        card.config, preprocessing.mean, preprocessing.std, preprocessing.crop_pct, preprocessing.interpolation
+    )
+    model.pretrained_cfg = model.default_cfg = {**cfg, "label_names": card.class_names or None}
     return model.eval(), card
 
 
@@ -144,7 +139,7 @@ def _build(card: Card) -> SReT:
 
 
 def _check_fit(card: Card, state_dict: dict[str, Tensor]) -> None:
-    """Raises `InputError` if the weights are not of the card's model, before that takes memory or time."""
+    """Raises `InputError` if the weights are not those of the card's model, before building it takes memory or time."""
     blocks = sum(stage.num_blocks for stage in card.config.stages)
     if blocks > 100 + len(state_dict):  # a block takes 5 ms to build, even without memory
         raise InputError(f"the weights do not fit the model: {blocks:,} blocks, but only {len(state_dict):,} tensors")

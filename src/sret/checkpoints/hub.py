@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub.utils import logging
+
 from sret.checkpoints.card import Card, save_weights
 from sret.checkpoints.model_card import Result, model_card
 from sret.errors import InputError
@@ -34,8 +37,6 @@ def fetch_hub(source: str | os.PathLike[str]) -> Path:
 
     Raises `InputError` if they cannot be downloaded.
     """
-    from huggingface_hub import hf_hub_download
-
     name = os.fspath(source)
     repo, _, revision = name.removeprefix(PREFIX).partition("@")
     with _explained(name):
@@ -85,8 +86,6 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
 
     Raises `InputError` without permission or network.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi(library_name="sret")
     with _explained(repo):
         api.create_repo(repo, private=is_private, exist_ok=True)
@@ -94,7 +93,7 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
 
 
 def check_repo(repo: str) -> None:
-    """Raises `InputError` if this is no name of a repository."""
+    """Raises `InputError` if this is not the name of a repository."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise InputError(f"{repo!r} is not a repository of the hub; write owner/name")
 
@@ -102,9 +101,6 @@ def check_repo(repo: str) -> None:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turns errors of huggingface_hub, and of those it calls, into one line that says what would work."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import logging
-
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print every attempt
     try:

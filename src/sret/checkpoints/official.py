@@ -44,8 +44,6 @@ _PROJECTION = {
     "coefficient1.bias": "alpha",
     "coefficient2.bias": "beta",
 }
-
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

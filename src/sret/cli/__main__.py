@@ -1,4 +1,4 @@
-"""`python -m sret.cli`, as torchrun starts it."""
+"""Runs the `sret` command as `python -m sret.cli`, which is how torchrun starts it."""
 
 import sys
 

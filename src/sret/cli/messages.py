@@ -57,9 +57,8 @@ def shorten_error(message: str, options: Sequence[str]) -> str:
 
 def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
     where = f" in {path}" if path else ""
-    if (
-        name in ("grad_checkpointing", "gradient_checkpointing") and "model.memory" in options
-    ):  # its name in other libraries
+    names_elsewhere = ("grad_checkpointing", "gradient_checkpointing")
+    if name in names_elsewhere and "model.memory" in options:
         return f"unknown option {name!r}; did you mean 'model.memory'? Use pass, or nested for deep models"
     by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
     last_part = name.rpartition(".")[2]

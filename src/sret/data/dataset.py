@@ -136,7 +136,7 @@ class ImageData:
             return Samples(
                 ConcatDataset([cast(Any, part.images) for part in parts]),
                 [label for part in parts for label in part.labels],
-                [label for part in parts for label in part.names],
+                [name for part in parts for name in part.names],
             )
         if name not in self.splits:
             raise InputError(f"{self.name} has no {name} split; it has {', '.join(self.splits)}")

@@ -92,14 +92,15 @@ class Preprocessing:
 
     def transform(self) -> transforms.Compose:
         """PIL image -> (channels, height, width) float32 in 0..1; not random: `sret.data.augment` is for training."""
-        *steps, _ = create_transform(
+        transform = create_transform(
             (len(self.mean), *self.img_size),
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
-        ).transforms  # the last one normalises, which is done for whole batches on their device
-        return transforms.Compose(steps)
+        )
+        # Without the last step, which normalises: whole batches are normalised on their device.
+        return transforms.Compose(transform.transforms[:-1])
 
     def normalize(self, images: Tensor) -> Tensor:
         """(..., C, H, W) in 0..1 -> the same with the mean subtracted and divided by the standard deviation.

@@ -1,13 +1,12 @@
-"""Options for the processes that load images."""
+"""Sets up the processes that load images: options of `DataLoader`, and a folder for their sockets."""
 
 import os
 import tempfile
 from multiprocessing import util
 from typing import Any
 
-LONGEST_TEMPORARY = (
-    70  # characters of the folder in which multiprocessing makes its sockets; with its names at most 103
-)
+# Characters of the folder in which multiprocessing makes its sockets. With the names in it a path has at most 103.
+LONGEST_TEMPORARY = 70
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:

@@ -149,8 +149,10 @@ class Recomputation:
             torch._foreach_add_([self.sums[weight] for weight, _ in found], [gradient for _, gradient in found])
 
     def gradients(self) -> list[Tensor | None]:
-        """The sums, in the order of the weights; None for a weight that no step used. Frees them, so that autograd
-        does not copy them."""
+        """The sums, in the order of the weights; None for a weight that no step used.
+
+        Frees the sums: autograd then takes these tensors over, and does not copy them.
+        """
         sums, self.sums = self.sums, {}
         return [sums[weight] if weight in self.used else None for weight in self.weights]
 

@@ -147,9 +147,6 @@ class AttentionResidual(LearnableResidual):
             and not has_hooks(self.norm, attn, attn.qkv, attn.proj)
         )
 
-    def first_layer(self) -> nn.Module:
-        return self.branch.qkv
-
     def last_layer(self) -> nn.Module:
         return self.branch.proj
 

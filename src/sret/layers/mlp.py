@@ -85,8 +85,5 @@ class MlpResidual(LearnableResidual):
         mlp = self.branch
         return type(mlp) is Mlp and is_plain(mlp.fc1, mlp.fc2) and not has_hooks(self.norm, mlp, mlp.fc1, mlp.fc2)
 
-    def first_layer(self) -> nn.Module:
-        return self.branch.fc1
-
     def last_layer(self) -> nn.Module:
         return self.branch.fc2

@@ -121,10 +121,6 @@ class LearnableResidual(nn.Module):
         keep = self.drop_path(torch.ones(x.shape[0], device=x.device)) if is_dropped else None
         return None if alpha is None else alpha.float(), keep
 
-    def first_layer(self) -> nn.Module | None:
-        """The linear layer that f begins with, if a subclass knows it."""
-        return None
-
     def last_layer(self) -> nn.Module | None:
         """The linear layer that f ends with, if a subclass knows it."""
         return None

@@ -17,7 +17,8 @@ from sret.kernels.conditions import has_hooks, is_transformed
 class ConvStem(nn.Module):
     """(B, in_chans, H, W) -> (B, C, ceil(H / s), ceil(W / s)), s the product of the strides.
 
-    Three 3x3 convolutions to C/2, C and C channels, each followed by BatchNorm and ReLU."""
+    Three 3x3 convolutions to C/2, C and C channels, each followed by BatchNorm and ReLU.
+    """
 
     def __init__(self, in_chans: int, embed_dim: int, strides: tuple[int, int, int] = (2, 2, 2)) -> None:
         super().__init__()

@@ -75,9 +75,7 @@ def _read_images(setup: Setup, unreadable: Unreadable) -> None:
 def _train_steps(setup: Setup, state: TrainingState) -> list[StepMetrics]:
     """Trains for `STEPS` steps or `STEP_SECONDS`, and prints the time of the first one as soon as it is done."""
     setup.batches.start_at(0)
-    setup.net.train()
-    for module in setup.frozen:
-        module.eval()
+    setup.start_training()
     buffer = MetricsBuffer(setup.accelerator, state.unreadable, StopRequest())
     loaded = iter(setup.train_loader)
     recorded: list[StepMetrics] = []

@@ -107,9 +107,8 @@ def run_steps(
             if has_stalled(state.rows, state.best, config.patience):
                 setup.console.print(f"Stopped early: no better epoch in {config.patience}", soft_wrap=True)
                 break
-            if (
-                len(state.rows) == state.step // setup.epoch_steps
-            ):  # otherwise only the evaluation of the epoch is missing
+            # If the last epoch has no row of metrics, a signal stopped its evaluation, which is repeated first.
+            if len(state.rows) == state.step // setup.epoch_steps:
                 signal = train_epoch(setup, state, buffer, progress, on_metrics)
                 if signal is not None or state.step % setup.epoch_steps:
                     state.save(setup, out)
@@ -145,9 +144,7 @@ def train_epoch(
     loaded = iter(setup.train_loader)
     end = min((epoch + 1) * setup.epoch_steps, setup.last_step)
     save_every = setup.runtime.save_every
-    setup.net.train()
-    for module in setup.frozen:
-        module.eval()
+    setup.start_training()
     buffer.restart_clock()
     signal: Signals | None = None
     while state.step < end and signal is None:

@@ -37,8 +37,14 @@ MAX_STEPS_PER_FLUSH = 50
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of the steps since the last flush: loss and share of correct predictions of each step, seconds of all
-    together, and a signal to stop."""
+    """Metrics of the steps since the last flush.
+
+    Attributes:
+        losses: mean loss of each step, in nats.
+        accuracies: share of correct predictions of each step, in 0..1.
+        seconds: of all these steps together.
+        signal: a signal to stop, the same in all processes.
+    """
 
     losses: list[float]
     accuracies: list[float]
@@ -82,13 +88,13 @@ class MetricsBuffer:
     def flush(self) -> StepMetrics:
         """Averages over the processes; each must call this after the same step.
 
-        Raises `InputError` past the limit of unreadable images."""
+        Raises `InputError` past the limit of unreadable images.
+        """
         steps = len(self._losses)
         mine = [time.perf_counter() - self._started, len(self._errors), *self.stop.as_numbers()]
         numbers = [*self._losses, *self._accuracies, *torch.tensor(mine, device=self.accelerator.device)]
-        *scores, seconds, errors, interrupts, terminations = self.accelerator.reduce(
-            torch.stack(numbers), "mean"
-        ).tolist()
+        means = self.accelerator.reduce(torch.stack(numbers), "mean").tolist()
+        *scores, seconds, errors, interrupts, terminations = means
         if errors:
             self.unreadable.add(gather_object(self._errors), is_quiet=not self.accelerator.is_main_process)
         self.interval = min(MAX_STEPS_PER_FLUSH, max(1, int(FLUSH_SECONDS * steps / seconds)))

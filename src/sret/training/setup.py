@@ -96,6 +96,12 @@ class Setup:
         """The step after which this run stops: `total_steps`, or `max_steps` if that is less."""
         return self.total_steps if self.max_steps is None else min(self.total_steps, self.max_steps)
 
+    def start_training(self) -> None:
+        """Sets the model to training mode, except its frozen parts, whose BatchNorm statistics stay the same."""
+        self.net.train()
+        for module in self.frozen:
+            module.eval()
+
     def close(self) -> None:
         """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
         if (iterator := getattr(self.train_loader, "_iterator", None)) is not None:

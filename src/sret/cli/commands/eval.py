@@ -36,6 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from accelerate import PartialState
+
     from sret.export.runtime import load_model
     from sret.inference.evaluate import evaluate_on
     from sret.inference.report import check_report_path, write_report
@@ -44,8 +46,6 @@ def run(arguments: Namespace) -> int:
     if arguments.report is not None:
         check_report_path(arguments.report)
     model, card = load_model(arguments.checkpoint)
-    from accelerate import PartialState
-
     evaluation = evaluate_on(
         model,
         card,

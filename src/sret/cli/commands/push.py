@@ -76,6 +76,7 @@ def _validation(card: "Card") -> "Sequence[Result]":
 
 
 def _result(data: str, split: str, top1: float, count: Any, remark: str = "") -> "Result":
+    from sret.checkpoints.hub import without_folders
     from sret.checkpoints.model_card import Result
     from sret.inference.statistics import wilson
 
@@ -84,5 +85,4 @@ def _result(data: str, split: str, top1: float, count: Any, remark: str = "") ->
         low, high = (100 * share for share in wilson(round(top1 * count / 100), count))
     else:
         count = None
-    name = Path(data).name if Path(data).is_absolute() else data
-    return Result(data=name, split=split, top1=top1, count=count, low=low, high=high, remark=remark)
+    return Result(data=without_folders(data), split=split, top1=top1, count=count, low=low, high=high, remark=remark)
