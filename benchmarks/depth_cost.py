@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 from depth import add
+from memory import peak_in_process, peak_on_cuda
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sret import ModelConfig, SReT
-from sret.bench.timing import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
+from sret.bench.timing import alternate, ratio, spread
 from sret.checkpoints.card import Card
 from sret.data.preprocess import Preprocessing
 from sret.export.export import export_model
@@ -74,7 +75,6 @@ def make_images(options: argparse.Namespace) -> Tensor:
 
 def steps(options: argparse.Namespace) -> None:
     size = [f"--{name}={getattr(options, name)}" for name in ("img_size", "batch_size", "device")]
-    wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
         images = make_images(options)
         candidates, models = {}, {}
@@ -88,7 +88,7 @@ def steps(options: argparse.Namespace) -> None:
             command = [sys.executable, __file__, "peak", "--layers", str(layers), "--policy", policy, *size]
             peaks[policy] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
-        times = alternate(candidates, options.rounds, wait, warm_up=1)
+        times = alternate(candidates, options.rounds, warm_up=1)
         for policy in POLICIES:
             line = {
                 "kind": "step",

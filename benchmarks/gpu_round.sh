@@ -20,12 +20,14 @@ fi
 for models in t s; do
   for batch in 1 128 512; do
     file="$out/inference_${models}_$batch"
-    [ -e "$file.txt" ] || python3 benchmarks/performance.py inference --models $models --batch-size $batch \
-      --engines eager,fused,compile,cudagraphs --figure "$file.png" 2>&1 | tee "$file.txt"
+    [ -e "$file.txt" ] || python3 benchmarks/performance.py inference --models $models --batch-size $batch --memory \
+      --engines eager,fused,compile,cudagraphs 2>&1 | tee "$file.txt"
+    python3 benchmarks/performance_figure.py "$file.txt" "$file.png"
   done
   file="$out/training_${models}_128"
-  [ -e "$file.txt" ] || python3 benchmarks/performance.py training --models $models --batch-size 128 \
-    --figure "$file.png" 2>&1 | tee "$file.txt"
+  [ -e "$file.txt" ] || python3 benchmarks/performance.py training --models $models --batch-size 128 --memory \
+    2>&1 | tee "$file.txt"
+  python3 benchmarks/performance_figure.py "$file.txt" "$file.png"
 done
 file="$out/depth_steps"
 [ -e "$file.jsonl" ] || python3 benchmarks/depth_cost.py steps --device cuda --batch_size 64 --out "$file.jsonl" 2>&1 |
