@@ -36,7 +36,7 @@ from sret.export.export import export_model
 from sret.export.runtime import load_exported
 from sret.models.deep import deep_config
 from sret.models.variants import config_of
-from sret.version import versions
+from sret.version import device_name, versions
 
 WIDTH = 64
 POLICIES = ("none", "pass", "nested", "reversible", "truncated:1")
@@ -101,7 +101,7 @@ def steps(options: argparse.Namespace) -> None:
                 "seconds": round(statistics.median(times[policy]), 4),
                 "spread": round(spread(times[policy]), 3),
                 "time_to_pass": round(ratio(times[policy], times["pass"]), 3),
-                "device": torch.cuda.get_device_name() if images.is_cuda else f"CPU, {torch.get_num_threads()} threads",
+                "device": f"{device_name(options.device)}, {torch.get_num_threads()} threads",
                 **versions(),
             }
             add(options.out, line)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,7 +16,7 @@ from sret.bench.timing import alternate, roofline
 from sret.errors import InputError, first_line
 from sret.export.runtime import Exported
 from sret.ranges import PositiveInt, check_fields
-from sret.version import versions
+from sret.version import device_name, versions
 
 Wanted = Callable[[tuple[str, str, str]], bool]  # of model, engine, dtype
 
@@ -73,12 +72,11 @@ def bench(
         peaks = {dtype: roofline(device, DTYPES[dtype]) for dtype in dtypes}
         progress(f"timing {len(runs)} candidates")
         rows = tuple(replace(row, seconds=tuple(times)) for row, times in alternate(runs, settings.rounds).items())
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     packages = sorted({row.engine for row in rows} & {"onnxruntime", "openvino"})
     about = {
         **versions(),
         **{package: importlib.metadata.version(package) for package in ("timm", *packages)},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+        "device": device_name(device.type),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "mode": "training" if settings.is_training else "inference",
