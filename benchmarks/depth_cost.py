@@ -12,7 +12,6 @@ alternate in one process, after a comparison of their gradients. A layer is one 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sret import ModelConfig, SReT
-from sret.bench.timing import alternate, ratio, spread
+from sret.bench.timing import alternate, quartiles, ratio
 from sret.checkpoints.card import Card
 from sret.data.preprocess import Preprocessing
 from sret.export.export import export_model
@@ -90,6 +89,7 @@ def steps(options: argparse.Namespace) -> None:
             print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
         times = alternate(candidates, options.rounds, warm_up=1)
         for policy in POLICIES:
+            low, median, high = quartiles(times[policy])
             line = {
                 "kind": "step",
                 "layers": layers,
@@ -98,8 +98,8 @@ def steps(options: argparse.Namespace) -> None:
                 "batch_size": options.batch_size,
                 "parameters": sum(p.numel() for p in models[policy].parameters()),
                 "peak_mib": round(peaks[policy] / MIB, 1),
-                "seconds": round(statistics.median(times[policy]), 4),
-                "spread": round(spread(times[policy]), 3),
+                "seconds": round(median, 4),
+                "spread": round((high - low) / median, 3),
                 "time_to_pass": round(ratio(times[policy], times["pass"]), 3),
                 "device": f"{device_name(options.device)}, {torch.get_num_threads()} threads",
                 **versions(),

@@ -7,7 +7,6 @@ OUTPUT.txt has the output of the command; its last line is JSON. The whiskers ar
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +34,7 @@ def draw(data: Mapping[str, Any], path: Path, title: str = "") -> None:
         axes.text(0, place, f" {name}", va="center", ha="left", fontsize=10, weight="bold", color=INK)
         place += 0.95
         for row in some:
-            low, high = quartiles([1e3 * seconds / batch_size for seconds in row["seconds"]])
+            low, high = row["ms_quartiles"]
             axes.barh(place, row["ms_per_image"], height=0.78, color=colors[row["model"]])
             axes.plot([low, high], [place, place], color=INK, linewidth=1.4, solid_capstyle="butt")
             end = max(high, row["ms_per_image"])
@@ -62,13 +61,6 @@ def draw(data: Mapping[str, Any], path: Path, title: str = "") -> None:
     axes.set_title(conditions, loc="left", fontsize=8.5, color=FAINT)
     figure.savefig(path, dpi=160)
     plt.close(figure)
-
-
-def quartiles(times: Sequence[float]) -> tuple[float, float]:
-    if len(times) < 2:
-        return times[0], times[0]
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return low, high
 
 
 def colors_of(rows: Sequence[Row]) -> dict[str, str]:

@@ -99,4 +99,4 @@ def first_line(error: Exception) -> str:
     if is_out_of_memory(error):
         return "the batch does not fit in memory; try a smaller --batch-size"
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return textwrap.shorten(printable(line), 160)
+    return textwrap.shorten(printable(line), 500)

@@ -1,7 +1,6 @@
 """Reports a benchmark, one row per candidate: as a table for people, and as a line of JSON for programs."""
 
 import json
-import statistics
 import textwrap
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -11,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sret.bench.timing import ratio, spread
+from sret.bench.timing import quartiles, ratio
 
 COLUMNS = {  # of the table: header and format
     "pixels": ("\npixels", "s"),
@@ -56,21 +55,22 @@ class Report:
         """The rows with what follows from their times; None where a value does not exist."""
         rows, batch_size = [], self.about["batch_size"]
         for row in self.rows:
-            seconds, peak = statistics.median(row.seconds), self.about["peak_gflops"].get(row.dtype)
+            (low, seconds, high), peak = quartiles(row.seconds), self.about["peak_gflops"].get(row.dtype)
             same = next(r for r in self.rows if (r.engine, r.dtype) == (row.engine, row.dtype))
             gflops = 2 * row.gmacs * batch_size * (3 if self.about["mode"] == "training" else 1) / seconds
             computed = {
                 "ms_per_image": 1e3 * seconds / batch_size,
-                "iqr_percent": 100 * spread(row.seconds),
+                "ms_quartiles": (1e3 * low / batch_size, 1e3 * high / batch_size),
+                "iqr_percent": 100 * (high - low) / seconds,
                 "vs_first": ratio(row.seconds, self.rows[0].seconds),
                 "vs_first_model": ratio(row.seconds, same.seconds) if same.model == self.rows[0].model else None,
                 "percent_of_peak": 100 * gflops / peak if peak else None,
             }
-            rows.append(asdict(row) | computed)
+            rows.append({name: value for name, value in asdict(row).items() if name != "seconds"} | computed)
         return rows
 
     def to_json(self) -> str:
-        """One line."""
+        """One line, without the times of single rounds."""
         data = json.dumps({"benchmark": "bench", **self.about, "rows": self.values(), "left_out": self.left_out})
         return json.dumps(json.loads(data, parse_float=lambda digits: float(f"{float(digits):.6g}")))
 

@@ -50,10 +50,10 @@ def ratio(times: Sequence[float], to: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, to, strict=True))
 
 
-def spread(times: Sequence[float]) -> float:
-    """The interquartile range / the median; 0 for a single time."""
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * [times[0]]
-    return (high - low) / median
+    return low, median, high
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
