@@ -17,6 +17,7 @@ from jsonargparse.typing import (
 from sret.errors import InputError
 
 __all__ = [
+    "MAX_CLASSES",
     "BelowOne",
     "Channels",
     "Classes",
@@ -31,12 +32,14 @@ __all__ = [
     "Workers",
     "check_fields",
     "check_number",
+    "describe_range",
 ]
 
 BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 # Larger numbers are typing errors, or files that would need too much memory.
+MAX_CLASSES = 1_000_000
 Channels = restricted_number_type("Channels", int, [(">", 0), ("<=", 65536)])
-Classes = restricted_number_type("Classes", int, [(">=", 0), ("<=", 1_000_000)])
+Classes = restricted_number_type("Classes", int, [(">=", 0), ("<=", MAX_CLASSES)])
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 # Processes that load images: more than this on one machine is a typing error.
 Workers = restricted_number_type("Workers", int, [(">=", 0), ("<=", max(16, 4 * (os.cpu_count() or 1)))])
@@ -66,6 +69,13 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 object.__setattr__(config, name, int(value) if isinstance(value, int) else float(value))
 
 
+def describe_range(number: Any) -> str:
+    """The range of one of the types above, such as "a whole number > 0"."""
+    kind = "a whole number" if number._type is int else "a number"
+    bounds = re.sub(r"v([<>]=?)", r"\1 ", number._expression)  # "v>=0 and v<1"
+    return f"{kind} {bounds}"
+
+
 def check_number(name: str, value: object, number: Any) -> None:
     """Raises `InputError` if a value is not a number of one of the types above."""
     kinds = int if number._type is int else (int, float)
@@ -74,6 +84,4 @@ def check_number(name: str, value: object, number: Any) -> None:
             raise ValueError
         number(value)
     except ValueError:
-        kind = "a whole number" if number._type is int else "a number"
-        bounds = re.sub(r"v([<>]=?)", r"\1 ", number._expression)  # "v>=0 and v<1"
-        raise InputError(f"{name} is {value!r}; it must be {kind} {bounds}") from None
+        raise InputError(f"{name} is {value!r}; it must be {describe_range(number)}") from None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sret.checkpoints.card import METADATA_KEY, read_card
-from sret.checkpoints.files import EXPORTED_SUFFIXES, StateDict, read_safetensors
+from sret.checkpoints.files import ENGINES, StateDict, read_safetensors
 from sret.checkpoints.official import (
     check_fit,
     from_official,
@@ -51,7 +51,7 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
     if Path(source).is_dir():
         best = Path(source) / "best.safetensors"
         raise InputError(f"{source} is a folder; give a weights file in it, such as {best}")
-    if Path(source).suffix in EXPORTED_SUFFIXES:
+    if Path(source).suffix in ENGINES:
         raise InputError(
             f"{source} is an exported model, which is for inference only; use the weights it was exported from"
         )
@@ -62,10 +62,7 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
             with error_prefix(path):
                 return state_dict, matching_config(config, state_dict)
         card = read_card(path, metadata[METADATA_KEY])
-        if card.is_fused:
-            raise InputError(
-                f"{path} has a fused model, which is for inference only; use the weights of the model before fusing"
-            )
+        card.check_unfused(path)
         return state_dict, card.config
     official, _ = read_official(path)
     if "stem.conv1.weight" in official:
@@ -162,13 +159,13 @@ def _is_learned(key: str, value: Tensor) -> bool:
     return key.rpartition(".")[2] in _COEFFICIENTS and bool((value != 1).any())
 
 
-def _step(name: str, value: Tensor, s: float, s_new: float, share: float) -> Tensor:
-    """The coefficient of a step that is `share` times as long."""
+def _step(name: str, value: Tensor, s: float, s_new: float, length: float) -> Tensor:
+    """The coefficient of a step that is `length` times as long."""
     value = value.double()  # exact for a step of equal length, after rounding
     if name == "beta":
-        return value * (share * s / s_new)
+        return value * (length * s / s_new)
     factor = 1 + s * (value - 1)
-    return 1 + (factor.sign() * factor.abs() ** share - 1) / s_new
+    return 1 + (factor.sign() * factor.abs() ** length - 1) / s_new
 
 
 def _pass_before(pass_index: int, before: StageConfig, after: StageConfig) -> int:

@@ -69,6 +69,13 @@ class Card:
             pairs = [f"{a!r}, not {b!r}" for a, b in zip(class_names, self.class_names, strict=True) if a != b]
             raise InputError(f"{data_name} has other classes than the checkpoint: {first_few(pairs)}")
 
+    def check_unfused(self, source: object) -> None:
+        """Raises `InputError` if the weights, of a file called `source`, are those of a fused model."""
+        if self.is_fused:
+            raise InputError(
+                f"{source} has a fused model, which is for inference only; use the weights of the model before fusing"
+            )
+
     def to_json(self) -> str:
         """The card as text; `from_json` reads it back."""
         return json.dumps({**asdict(self), "format": FORMAT})

@@ -28,10 +28,7 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
         raise InputError(f"{target} already exists; delete it, or choose another name")
     model, card = resolve(source, variant)
     if target.suffix == ".pth":
-        if card.is_fused:
-            raise InputError(
-                f"{source} has a fused model, which is for inference only; use the weights of the model before fusing"
-            )
+        card.check_unfused(source)
         buffer = io.BytesIO()
         torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
         write_atomically(target, buffer.getvalue())

@@ -17,7 +17,7 @@ from sret.errors import InputError
 StateDict = dict[str, Tensor]
 
 CHECKSUM_KEY = "sha256"  # in the metadata of safetensors files
-EXPORTED_SUFFIXES = (".onnx", ".xml")  # of what `sret export` writes
+ENGINES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}  # by the suffix of the files that `sret export` writes
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -77,7 +77,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str,
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         hint = " (a .pth file of the authors? `sret convert` reads those)" if path.suffix in (".pth", ".pt") else ""
-        if path.suffix in EXPORTED_SUFFIXES:
+        if path.suffix in ENGINES:
             hint = " (an exported model; use the weights it was exported from)"
         raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
     if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != checksum(tensors):

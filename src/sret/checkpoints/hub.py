@@ -47,8 +47,7 @@ def write_folder(
     folder: Path, model: SReT, card: Card, repo: str, results: Sequence[Result], license_name: str | None
 ) -> None:
     """Writes the files of a repository. Raises `InputError` for a fused model."""
-    if card.is_fused:
-        raise InputError("a fused model is for inference only; push the weights it was made from")
+    card.check_unfused("the checkpoint")
     folder.mkdir(parents=True, exist_ok=True)
     public = replace(card, training=without_folders(card.training))
     save_weights(folder / WEIGHTS, model.state_dict(), public)

@@ -7,7 +7,7 @@ from timm.models import get_pretrained_cfg
 
 from sret.checkpoints import download
 from sret.checkpoints.card import Card, load_weights
-from sret.checkpoints.files import EXPORTED_SUFFIXES
+from sret.checkpoints.files import ENGINES
 from sret.checkpoints.hub import fetch_hub, is_hub
 from sret.checkpoints.official import load_official
 from sret.data.preprocess import Preprocessing
@@ -15,7 +15,7 @@ from sret.errors import InputError, did_you_mean
 from sret.models.sret import SReT
 from sret.models.variants import CONFIGS, RELEASES, config_of
 
-_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", *EXPORTED_SUFFIXES)
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", *ENGINES)
 _TAGS = {name.partition(".")[2] for name in RELEASES}
 
 
@@ -71,7 +71,7 @@ def is_name(source: str | os.PathLike[str]) -> bool:
 
 def _is_ours(path: Path) -> bool:
     """Whether `load_weights` can read it, or gives the best error for it."""
-    if path.is_dir() or path.suffix in (".safetensors", *EXPORTED_SUFFIXES):
+    if path.is_dir() or path.suffix in (".safetensors", *ENGINES):
         return True
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"  # a safetensors file under another name

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import DefaultHelpFormatter
 
-from sret.cli.messages import describe_range
+from sret.ranges import describe_range
 
 PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
 # Options that jsonargparse adds for dataclasses, beside the options of their fields.

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
 from sret.errors import did_you_mean
 
@@ -46,7 +45,7 @@ def shorten_error(message: str, options: Sequence[str]) -> str:
     if number := re.search(r"Not of type (\w+)", message):
         from sret import ranges  # jsonargparse takes a third of a second
 
-        return f"{prefix}must be {describe_range(getattr(ranges, number[1]))}{_given(message)}"
+        return f"{prefix}must be {ranges.describe_range(getattr(ranges, number[1]))}{_given(message)}"
     given = re.search(r"Given value: (.*)", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
     kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
@@ -65,13 +64,6 @@ def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
     if last_part in by_last_part and by_last_part[last_part] != name:
         return f"unknown option {name!r}{where}; did you mean {by_last_part[last_part]!r}?"
     return f"unknown option {name!r}{where}{did_you_mean(last_part, by_last_part)}"
-
-
-def describe_range(number: Any) -> str:
-    """The range of a type of `sret.ranges`, such as "a whole number > 0"."""
-    bounds = re.findall(r"v([<>=]+)(\S+)", number._expression)
-    kind = "a whole number" if number._type is int else "a number"
-    return f"{kind} {' and '.join(f'{comparison} {bound}' for comparison, bound in bounds)}"
 
 
 def _given(message: str) -> str:

@@ -113,7 +113,7 @@ def balanced_uses(labels: Sequence[int], balance: float) -> NDArray[np.float64] 
 
 
 def part_of(batch: Sequence[SampleIndex], part: int, num_parts: int) -> list[SampleIndex]:
-    """One of `num_parts` equal parts of a batch, closed under the mirroring i <-> B - 1 - i."""
+    """One of `num_parts` equal parts of a batch, which contains both images of each pair (i, B - 1 - i)."""
     if num_parts == 1:
         return list(batch)
     half = len(batch) // 2

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from sret.checkpoints.card import Card
+from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
 from sret.data.sources import load_data
 from sret.errors import InputError
 from sret.export.onnx import to_onnx, write_onnx
 from sret.export.openvino import write_openvino
 from sret.export.quantize import quantized
-from sret.export.runtime import DTYPES, ENGINES, ExportMetadata, load_exported
+from sret.export.runtime import DTYPES, ExportMetadata, load_exported
 from sret.export.verify import (
     FIRST_BATCHES,
     Batch,

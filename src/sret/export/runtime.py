@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from sret.checkpoints.card import Card, read_card
+from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError
 from sret.files import sha256_of
 from sret.models.sret import SReT
 
-ENGINES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 DTYPES = ("float32", "bfloat16", "int8")
 NAMESPACE = "sret"  # prefix of our names in the metadata of a file
 

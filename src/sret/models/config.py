@@ -15,7 +15,8 @@ from sret.ranges import BelowOne, Channels, Classes, NonNegativeFloat, PositiveI
 # Strides of the stem's three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
 POOL_STRIDE = 2  # between stages
-MAX_SIDE = 16_384  # pixels; larger ones, as deeper models, are slips, or files that would fill the memory
+# Larger numbers are typing errors, or files that would need too much memory.
+MAX_SIDE = 16_384  # pixels
 MAX_DEPTH = 20_000  # layers
 
 PermutationKind = Literal["random", "strided"]
@@ -95,8 +96,8 @@ class ModelConfig:
 
     Attributes:
         stages: one or more; the feature map is halved between them, and channels grow by an integer factor.
-        img_size: pixels, one number or (height, width). It sets the size of the position
-            embedding; the model takes images of any size.
+        img_size: pixels, one number or (height, width). It sets the size of the position embedding; the model takes
+            images of any size.
         in_chans: image channels.
         num_classes: number of logits; 0 for no classifier.
         stem_stride: pixels per token of the first stage, 1, 2, 4 or 8.

@@ -263,7 +263,6 @@ class SReT(nn.Module):
             if isinstance(module, Recursion):
                 module.policy = parsed
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch: sets the memory policy "pass" (of a reversible model: "reversible"), or "none"."""
         self.set_memory("none" if not enable else "reversible" if self.config.reversible else "pass")
@@ -277,12 +276,10 @@ class SReT(nn.Module):
             if isinstance(module, Recursion):
                 module.compile(**options)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that get no weight decay although they have two dimensions or more."""
         return {"pos_embed.weight"}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning-rate decay; a recursion is one layer."""
         return {

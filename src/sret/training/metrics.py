@@ -33,6 +33,7 @@ from sret.training.signals import StopRequest
 
 FLUSH_SECONDS = 1.0  # between two flushes, about
 MAX_STEPS_PER_FLUSH = 50
+DIVERGENCE_ADVICE = "try a lower learning_rate, a longer warm-up or clip_grad"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path
             at = step - len(losses) + before + 1
             raise InputError(
                 f"the loss became {loss} at step {at} (epoch {(at - 1) // epoch_steps + 1}); {out} keeps its last "
-                "state; try a lower learning_rate, a longer warm-up or clip_grad"
+                f"state; {DIVERGENCE_ADVICE}"
             )
 
 

@@ -9,7 +9,7 @@ from sret.data.loading import Unreadable
 from sret.errors import InputError, first_few
 from sret.inference.evaluate import Predictions
 from sret.training import distributed, run_dir
-from sret.training.metrics import StepMetrics
+from sret.training.metrics import DIVERGENCE_ADVICE, StepMetrics
 from sret.training.setup import Setup
 
 
@@ -64,8 +64,8 @@ class TrainingState:
         model, ema, scaler = setup.model, setup.ema, setup.accelerator.scaler
         non_finite = distributed.non_finite(model)
         distributed.raise_together(
-            f"weights are not finite after step {self.step}: {first_few(non_finite)}; {out} keeps its last state; try "
-            "a lower learning_rate, a longer warm-up or clip_grad"
+            f"weights are not finite after step {self.step}: {first_few(non_finite)}; {out} keeps its last state; "
+            f"{DIVERGENCE_ADVICE}"
             if non_finite
             else None
         )

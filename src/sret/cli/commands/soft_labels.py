@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from sret.cli.commands import MAX_CORRUPT, NUM_WORKERS
-from sret.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Share, Workers
+from sret.ranges import NonNegativeInt, PositiveInt, Share, Workers
 from sret.training.distillation.config import Distillation
 
 
@@ -15,16 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=str, required=True, help="as in sret train; soft labels are written for the training images"
     )
-    parser.add_argument(
-        "--teacher",
-        type=str,
-        required=True,
-        help="a weights file, a published name such as sret_t.dist_in1k, or a timm model",
-    )
-    parser.add_argument(
-        "--teacher_weights", type=Path | None, help="a file to use instead of timm's pretrained weights"
-    )
-    parser.add_argument("--temperature", type=PositiveFloat, default=1.0, help="the teacher's logits are divided by it")
+    parser.add_class_arguments(Distillation)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the soft labels to")
     parser.add_argument("--crops", type=PositiveInt, default=4, help="random crops per image")
     parser.add_argument(
@@ -43,6 +34,7 @@ def run(arguments: Namespace) -> int:
 
     from sret.data.dataset import check_output_dir
     from sret.training.distillation.precompute import write_soft_labels
+    from sret.training.distillation.soft_labels import SHARD_SIZE
     from sret.training.lock import locked
 
     options = arguments.as_dict()
@@ -51,7 +43,7 @@ def run(arguments: Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     is_main = PartialState().is_main_process
     bar = Progress(*columns, disable=not is_main)
-    task = bar.add_task("shards of 1,000 images")
+    task = bar.add_task(f"shards of {SHARD_SIZE:,} images")
     check_output_dir(out, data)
     try:
         with locked(out):

@@ -10,15 +10,13 @@ from torch import distributed
 
 from sret.data.dataset import ImageData
 from sret.data.sources.digits import load_digits
-from sret.data.sources.folder import SPLIT_NAMES, load_folder, split_folders
+from sret.data.sources.folder import SPLIT_NAMES, SPLIT_OF, load_folder, split_folders
 from sret.data.sources.huggingface import load_hub, load_parquet
 from sret.data.sources.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from sret.data.sources.webdataset import load_shards
 from sret.errors import InputError, did_you_mean
 
 __all__ = ["load_data"]
-
-_SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
 
 
 def load_data(name: str) -> ImageData:
@@ -84,7 +82,7 @@ def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
     if root.is_file():
         return {"all": [root]} if root.suffix == suffix else {}
     folders = [root, root / "data"]
-    folders += [folder / word for folder in folders for word in _SPLIT_OF]
+    folders += [folder / word for folder in folders for word in SPLIT_OF]
     files = [path for folder in folders for path in sorted(folder.glob(f"[!.]*{suffix}")) if path.is_file()]
     found: dict[str, list[Path]] = {}
     for path in files:
@@ -99,7 +97,7 @@ def _files_by_split(root: Path, suffix: str) -> dict[str, list[Path]]:
 
 def _split_of(path: Path, root: Path) -> str:
     for part in reversed(path.relative_to(root).parts):
-        found = {_SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in _SPLIT_OF}
+        found = {SPLIT_OF[word] for word in re.findall("[a-z]+", part.lower()) if word in SPLIT_OF}
         if len(found) > 1:
             raise InputError(f"{path}: its name contains both {' and '.join(sorted(found))}; rename it")
         if found:

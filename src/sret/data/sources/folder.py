@@ -17,7 +17,7 @@ SPLIT_NAMES = {
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing"),
 }
-_SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
+SPLIT_OF = {word: split for split, words in SPLIT_NAMES.items() for word in words}
 # Words that may be added to the name of a split: training_set, seg_train, images-val.
 _FILLERS = {"set", "seg", "split", "data", "images", "imgs", "img"}
 
@@ -70,9 +70,9 @@ def split_folders(root: Path) -> dict[str, Path]:
 def split_of_folder(name: str) -> str | None:
     """ "train", "val" or "test" for names such as Train, training_set, seg_train or dev; else None."""
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
-    named = [word.removesuffix("set") if word.removesuffix("set") in _SPLIT_OF else word for word in words]
+    named = [word.removesuffix("set") if word.removesuffix("set") in SPLIT_OF else word for word in words]
     kept = [word for word in named if word not in _FILLERS]
-    return _SPLIT_OF.get(kept[0]) if len(kept) == 1 else None
+    return SPLIT_OF.get(kept[0]) if len(kept) == 1 else None
 
 
 class Files(Sequence[Path]):

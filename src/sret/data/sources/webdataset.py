@@ -28,9 +28,9 @@ from sret.data.image_files import image_suffixes
 from sret.data.preprocess import Encoded
 from sret.errors import InputError, InputWarning, first_few
 from sret.files import cache_dir, replacing
+from sret.ranges import MAX_CLASSES
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
-MAX_CLASSES = 1_000_000  # a larger label is an error; names and weights for so many classes would fill the memory
 INDEX_VERSION = 1  # stored in an index; increase it when an index of the same shard changes
 THREADS = 8  # they wait for the disk in parallel; without waiting, one thread would be twice as fast as eight
 
