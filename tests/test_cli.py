@@ -414,6 +414,7 @@ def test_info_lists_all_and_details_one(sret, tmp_path):
     assert "sret_t at 256x192" in out
     assert "32x24" in out
     assert "76.0 % top-1 on ImageNet-1K as published" in out
+    assert "On a GPU: PyTorch's kernels: the Triton kernels are off; SRET_TRITON=1 turns them on" in out
     code, out, _ = sret("info", make_checkpoint(tmp_path / "m.safetensors"))
     assert code == 0
     assert f"{sum(t.numel() for t in SReT(small_config()).parameters()):,} parameters" in out

@@ -20,8 +20,10 @@ from sret import SReT
 from sret.kernels.gpu.dispatch import refusal, shared_packing, triton_kernels
 from sret.layers import Block, NonLinearProjection
 from sret.layers.block import one_pass
+from sret.layers.gpu_path import gpu_path
 from sret.layers.mlp import MlpResidual
 from sret.layers.permutation import IndexPermutation, Permutation, StridedPermutation
+from sret.models.variants import config_of
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -170,10 +172,23 @@ def test_what_the_kernels_do_not_know_takes_the_formula():
     assert torch.func.vmap(lambda y: one_pass(*parts, y, 1, None))(x[None]).shape == (1, 1, 8, 16)
 
 
+@pytest.mark.parametrize("name", ["sret_t", "sret_s"])
+def test_the_published_models_run_wholly_in_the_kernels(name):
+    with torch.device("meta"):
+        model = SReT(config_of(name))
+    assert gpu_path(model).endswith("for 40 of 40 branches")
+    residual = next(module for module in model.modules() if isinstance(module, MlpResidual))
+    residual.norm = nn.Identity()
+    assert gpu_path(model).endswith("for 39 of 40 branches; not for 1: its norm is a Identity, not a plain LayerNorm")
+    with triton_kernels(False):
+        assert "SRET_TRITON=1" in gpu_path(model)
+
+
 def test_refusals_say_why(monkeypatch):
     x, weight = torch.zeros(1, 1, 16), torch.zeros(16, 16)
     assert refusal(x, weight, 16) is None
     assert "512 channels" in refusal(x, weight, 1024)
+    assert refusal(x, weight, 512) is None
     assert "heads" in refusal(x, weight, 512, 2)
     assert "float64" in refusal(x.double(), weight.double(), 16)
     assert "empty" in refusal(x[:0], weight, 16)

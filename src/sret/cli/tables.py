@@ -3,6 +3,7 @@
 from itertools import groupby
 from typing import Literal
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +11,10 @@ from rich.table import Table
 from sret.checkpoints.resolve import is_name
 from sret.export.runtime import load_model
 from sret.files import format_bytes
+from sret.layers.gpu_path import gpu_path
+from sret.models.config import ModelConfig
 from sret.models.cost import model_cost
+from sret.models.sret import SReT
 from sret.models.variants import CONFIGS, RELEASES, config_of
 
 
@@ -57,6 +61,12 @@ def _published(variant: str) -> str:
 
     distilled = f"[{top1('dist_in1k')}]" if top1("dist_in1k") else ""
     return f"{top1('in1k')} {distilled}".strip().replace("[", r"\[")
+
+
+def gpu_path_of(config: ModelConfig) -> str:
+    """Which kernels a model with this configuration uses on a GPU, and why."""
+    with torch.device("meta"):
+        return gpu_path(SReT(config))
 
 
 def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
@@ -106,6 +116,7 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
     console.print(table)
     parts = (f"{part} {n:,} ({n / cost.parameters:.0%})" for part, n in cost.parameters_by_part().items())
     console.print(f"Parameters: {', '.join(parts)}", soft_wrap=True)
+    console.print(f"On a GPU: {gpu_path_of(config)}", soft_wrap=True)
     for tag, release in RELEASES.items():
         if tag == name or tag.startswith(f"{name}."):
             console.print(f"{tag}: {release.top1:.1f} % top-1 on ImageNet-1K as published ({release.official})")

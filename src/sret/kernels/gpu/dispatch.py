@@ -43,8 +43,11 @@ def off() -> str | None:
     return None if _is_enabled else "the Triton kernels are off; SRET_TRITON=1 turns them on"
 
 
-def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int = 1) -> str | None:
-    """Why the kernels cannot compute a residual of x, (B, N, `num_channels`), or None if they can."""
+def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int | None = None) -> str | None:
+    """Why the kernels cannot compute a residual of x, (B, N, `num_channels`), or None if they can.
+
+    `num_heads` is that of an attention; None for a branch without heads.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return "compiled, exported and transformed code uses the plain formula"
     if type(x) not in (Tensor, nn.Parameter):
@@ -54,7 +57,7 @@ def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int = 1) ->
         return f"there is no kernel for products in {dtype}, but for bfloat16 and float16"
     if num_channels > MAX_CHANNELS:
         return f"there is no kernel for more than {MAX_CHANNELS} channels"
-    if num_channels // num_heads > MAX_HEAD_CHANNELS:
+    if num_heads is not None and num_channels // num_heads > MAX_HEAD_CHANNELS:
         return f"there is no kernel for heads of more than {MAX_HEAD_CHANNELS} channels"
     if x.numel() == 0:
         return "the tensor is empty"
