@@ -64,7 +64,7 @@ def _refusal(path: str | os.PathLike[str]) -> str:
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
-    Raises `InputError` if it is not a whole one, or its tensors have another checksum than the metadata says.
+    Raises `InputError` if the file is missing or truncated, or if its tensors do not have the checksum of its metadata.
     """
     path = Path(path)
     if path.is_dir():

@@ -19,10 +19,11 @@ class Result:
     """A measured top-1 accuracy.
 
     Attributes:
-        data, split: what it was measured on.
-        top1: in percent; low and high: its 95 % interval. None if the number of images is unknown.
-        count: images; None if unknown.
-        remark: what a reader should know of it.
+        data, split: the images of the measurement.
+        top1: in percent.
+        count: number of images; None if unknown.
+        low, high: the 95 % interval of `top1`, in percent; None if the number of images is unknown.
+        remark: how the accuracy was chosen, if it was chosen.
     """
 
     data: str

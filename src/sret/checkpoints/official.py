@@ -1,4 +1,4 @@
-"""Translates the authors' checkpoints into ours and back; no other module knows their key names.
+"""Translates the authors' checkpoints into ours and back; no other module contains their key names.
 
 The authors' files are pickles of `{"model": state dict, maybe "args": argparse.Namespace, ...}`. A shared block is
 stored once per pass, under each position of its stage at which it is used: with R passes, pass r of block i is position

@@ -82,13 +82,15 @@ def _main(argv: Sequence[str]) -> int:
             raise
         with suppress(AttributeError, ValueError):  # torch's handler would raise again for each process that ends
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        hint = "; --resume auto continues from the last saved state" if argv[0] == "train" else ""
-        print(f"sret: error: {advice}{hint}", file=sys.stderr)
+        print(f"sret: error: {advice}{_resume_hint(argv)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume auto continues from the last saved state" if argv[:1] == ["train"] else ""
-        print(f"sret: interrupted{hint}", file=sys.stderr)
+        print(f"sret: interrupted{_resume_hint(argv)}", file=sys.stderr)
         return 130
+
+
+def _resume_hint(argv: Sequence[str]) -> str:
+    return "; --resume auto continues from the last saved state" if argv[:1] == ["train"] else ""
 
 
 def _help() -> str:

@@ -99,7 +99,8 @@ def mix(images: Tensor, targets: Tensor, mixup: float, cutmix: float, key: tuple
     """Mixes image i of a batch with image B - 1 - i, and their targets in the same proportion.
 
     Args:
-        images: (B, C, H, W), B even; targets: (B, K) probabilities, of labels or of a teacher.
+        images: (B, C, H, W), B even.
+        targets: (B, K) probabilities, of labels or of a teacher.
         mixup, cutmix: alpha of the Beta distribution of the proportion; 0 is off. If both are above 0, each batch uses
             one of them, chosen at random with equal probability.
         key: seeds the random numbers; with equal keys, all parts of a batch are mixed in the same way.

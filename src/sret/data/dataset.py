@@ -55,6 +55,7 @@ class Samples:
         return len(self.labels)
 
     def subset(self, indices: Sequence[int]) -> "Samples":
+        """The samples with these indices, in this order; images are not copied."""
         names = [self.names[i] for i in indices] if self.names else ()
         return Samples(Subset(cast(Any, self.images), indices), [self.labels[i] for i in indices], names)
 
@@ -109,6 +110,7 @@ class ImageData:
 
     @property
     def in_chans(self) -> int:
+        """Channels of the images: 1 (grey) or 3 (RGB)."""
         return len(self.mean)
 
     @property

@@ -70,9 +70,8 @@ def features_of(
     net = _Pooled(model.eval(), preprocessing)
     device = next(model.parameters()).device
     done = 0
-    for images, labels, errors in DataLoader(
-        ImageDataset(samples, preprocessing), batch_size, **worker_options(num_workers)
-    ):
+    loader = DataLoader(ImageDataset(samples, preprocessing), batch_size, **worker_options(num_workers))
+    for images, labels, errors in loader:
         values = net(images.to(device)).float().cpu()
         if not values[labels != UNREADABLE].isfinite().all():
             raise InputError("the model's features are not finite: its weights are damaged")

@@ -40,7 +40,8 @@ def write_png(
         names: names of the classes.
         found: statistics of the predictions.
         samples: the evaluated images; those of the worst predictions are shown.
-        rows: the lines of `metrics.jsonl` of a training run; best: the line of the best epoch.
+        rows: the lines of `metrics.jsonl` of a training run, whose curves are drawn too.
+        best: the line of the best epoch.
     """
     count, right = len(found.truth), int(found.is_right.sum())
     lines = -(-min(SHOWN, count) // COLUMNS)

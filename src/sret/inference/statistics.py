@@ -45,6 +45,7 @@ class Statistics:
 
     @classmethod
     def of(cls, predictions: Predictions, num_classes: int) -> "Statistics":
+        """The statistics of predictions, without the images that could not be read."""
         order = np.flatnonzero(predictions.labels.numpy() != UNREADABLE)
         truth, predicted = predictions.labels.numpy()[order], predictions.classes.numpy()[order]
         confusion = np.zeros((num_classes, num_classes), np.int64)
@@ -53,6 +54,7 @@ class Statistics:
 
     @property
     def is_right(self) -> np.ndarray:
+        """(N,) whether each prediction is correct."""
         return self.truth == self.predicted
 
     def worst(self, count: int) -> np.ndarray:

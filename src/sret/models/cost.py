@@ -33,12 +33,13 @@ class StageCost:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters; those of a shared block are counted once."""
         return self.pool_parameters + self.block_parameters + self.projection_parameters
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A whole model for one image."""
+    """A whole model: its stages, the parameters of the other parts, and the MACs for one image."""
 
     stages: tuple[StageCost, ...]
     stem_parameters: int
@@ -48,9 +49,11 @@ class ModelCost:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters; those of a shared block are counted once."""
         return sum(self.parameters_by_part().values())
 
     def parameters_by_part(self) -> dict[str, int]:
+        """Number of parameters of each part of the model."""
         return {
             "stem": self.stem_parameters,
             "position embedding": self.position_parameters,
@@ -62,11 +65,12 @@ class ModelCost:
 
     @property
     def flops(self) -> int:
+        """Floating-point operations: 2 for a MAC."""
         return 2 * self.macs
 
     @property
     def bytes(self) -> int:
-        """Weights in float32."""
+        """Size of the weights in float32, in bytes."""
         return 4 * self.parameters
 
 

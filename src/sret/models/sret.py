@@ -170,10 +170,14 @@ class SReT(nn.Module):
         if self.global_pool:
             x = self.norm(x.mean((2, 3)) if self.global_pool == "avg" else x.amax((2, 3)))
         else:
-            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = self._normed_map(x)
         if pre_logits:
             return x
         return self.head(dropout(x, self.config.drop_rate, self.training))
+
+    def _normed_map(self, x: Tensor) -> Tensor:
+        """(B, C, H', W') -> the same, with the norm over the channels of each token."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_intermediates(
         self,
@@ -209,7 +213,7 @@ class SReT(nn.Module):
             x = stage(x)
             if i in take_indices:
                 is_normed = norm and stage is self.stages[-1]
-                intermediates.append(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if is_normed else x)
+                intermediates.append(self._normed_map(x) if is_normed else x)
         if output_fmt == "NHWC":
             intermediates = [y.permute(0, 2, 3, 1) for y in intermediates]
         return intermediates if intermediates_only else (x, intermediates)

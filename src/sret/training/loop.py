@@ -97,7 +97,7 @@ def run_steps(
     if found is not None:
         state.restore(setup, found)
     else:
-        state.save(setup, out)  # claims the folder, and fails early if it cannot be written to
+        state.save(setup, out)  # reserves the folder, and fails early if it cannot be written to
     start_trackers(setup)
     shown = (setup.console, setup.accelerator, setup.epoch_steps, setup.total_steps, state.step)
     with StopRequest() as stop, Progress(*shown) as progress:

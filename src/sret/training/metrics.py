@@ -83,6 +83,7 @@ class MetricsBuffer:
 
     @property
     def is_due(self) -> bool:
+        """Whether to flush after this step; the same in all processes."""
         is_alone = self.accelerator.num_processes == 1
         return len(self._losses) >= self.interval or (is_alone and (self.stop.is_made or bool(self._errors)))
 

@@ -105,7 +105,7 @@ def save_run(out: Path, state: dict[str, Any], card: Card, before: str) -> str:
 def _save(out: Path, state: dict[str, Any], card: Card) -> str:
     weights: dict[str, Tensor] = state["ema"] or state["model"]
     rows = state["rows"]
-    if state["step"]:  # at step 0 only the state is written, to claim the folder
+    if state["step"]:  # at step 0 only the state is written, to reserve the folder
         save_weights(out / LAST, weights, card)
         if rows and rows[-1] == state["best"] and rows[-1]["step"] == state["step"]:
             save_weights(out / BEST, weights, card)

@@ -18,6 +18,7 @@ class StopRequest:
 
     @property
     def is_made(self) -> bool:
+        """Whether this process received a signal."""
         return self.signal is not None
 
     def __enter__(self) -> "StopRequest":

@@ -45,9 +45,16 @@ class Manifest:
     """The settings of a folder of soft labels.
 
     Attributes:
-        data: name of the data; fingerprint: its `ImageData.fingerprint`. The labels are for its training split.
-        distillation: teacher and temperature; teacher_digest: of the teacher's weights.
-        crops: R; top_k: k; min_scale: smallest share of an image that a crop covers.
+        data: name of the data; the labels are for its training split.
+        fingerprint: of the data, by `ImageData.fingerprint`.
+        num_samples: images of the training split.
+        distillation: teacher and temperature.
+        teacher_digest: SHA-256 of the teacher's weights.
+        crops: R.
+        top_k: k.
+        min_scale: smallest share of an image's area that a crop covers.
+        seed: of the crops.
+        shard_size: images of each shard but the last.
     """
 
     data: str
@@ -63,6 +70,7 @@ class Manifest:
 
     @property
     def num_shards(self) -> int:
+        """Number of files with labels."""
         return -(-self.num_samples // self.shard_size)
 
 

@@ -36,7 +36,8 @@ class Teacher(nn.Module):
     """A frozen model in evaluation mode, which takes the student's images and preprocesses them itself.
 
     Args:
-        model: any classifier; preprocessing: the resolution and normalisation that it was trained with.
+        model: any classifier.
+        preprocessing: the image size and the normalisation that it was trained with.
         in_chans: channels of the student's images.
         temperature: T.
 
