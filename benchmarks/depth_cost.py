@@ -12,7 +12,6 @@ alternate in one process, after a comparison of their gradients. A layer is one 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,19 +22,20 @@ from pathlib import Path
 
 import torch
 from depth import add
+from memory import peak_in_process, peak_on_cuda
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from sret import ModelConfig, SReT
-from sret.bench.timing import alternate, peak_in_process, peak_on_cuda, ratio, spread, synchroniser
+from sret.bench.timing import alternate, quartiles, ratio
 from sret.checkpoints.card import Card
 from sret.data.preprocess import Preprocessing
 from sret.export.export import export_model
 from sret.export.runtime import load_exported
 from sret.models.deep import deep_config
 from sret.models.variants import config_of
-from sret.version import versions
+from sret.version import device_name, versions
 
 WIDTH = 64
 POLICIES = ("none", "pass", "nested", "reversible", "truncated:1")
@@ -74,7 +74,6 @@ def make_images(options: argparse.Namespace) -> Tensor:
 
 def steps(options: argparse.Namespace) -> None:
     size = [f"--{name}={getattr(options, name)}" for name in ("img_size", "batch_size", "device")]
-    wait = synchroniser(torch.device(options.device))
     for layers in map(int, options.layers.split(",")):
         images = make_images(options)
         candidates, models = {}, {}
@@ -88,8 +87,9 @@ def steps(options: argparse.Namespace) -> None:
             command = [sys.executable, __file__, "peak", "--layers", str(layers), "--policy", policy, *size]
             peaks[policy] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(f"{layers} layers, {policy}: {peaks[policy] / MIB:,.0f} MiB", file=sys.stderr, flush=True)
-        times = alternate(candidates, options.rounds, wait, warm_up=1)
+        times = alternate(candidates, options.rounds, warm_up=1)
         for policy in POLICIES:
+            low, median, high = quartiles(times[policy])
             line = {
                 "kind": "step",
                 "layers": layers,
@@ -98,10 +98,10 @@ def steps(options: argparse.Namespace) -> None:
                 "batch_size": options.batch_size,
                 "parameters": sum(p.numel() for p in models[policy].parameters()),
                 "peak_mib": round(peaks[policy] / MIB, 1),
-                "seconds": round(statistics.median(times[policy]), 4),
-                "spread": round(spread(times[policy]), 3),
+                "seconds": round(median, 4),
+                "spread": round((high - low) / median, 3),
                 "time_to_pass": round(ratio(times[policy], times["pass"]), 3),
-                "device": torch.cuda.get_device_name() if images.is_cuda else f"CPU, {torch.get_num_threads()} threads",
+                "device": f"{device_name(options.device)}, {torch.get_num_threads()} threads",
                 **versions(),
             }
             add(options.out, line)

@@ -5,22 +5,28 @@
     python benchmarks/performance.py training  [--batch-size 16]
 
 `naive` is the authors' arithmetic with the same weights (naive.py). Weights are random, which does not change the time.
-The last line of the output is JSON with the same data; `--figure FILE.png` draws a figure.
+The last line of the output is JSON with the same data; performance_figure.py draws it. OMP_NUM_THREADS sets the number
+of threads.
 """
 
 import argparse
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 
 import timm
+import torch
+from memory import peak_mib
 from naive import Naive
 from torch import nn
 
 import sret
-from sret.bench.candidates import Key, Settings, Source
-from sret.bench.report import as_text, draw
-from sret.bench.runner import Report, bench
+from sret.bench.candidates import Source
+from sret.bench.report import Report
+from sret.bench.runner import Settings, bench
 from sret.bench.timing import ratio
+
+Key = tuple[str, str, str]  # model, engine, dtype
 
 
 def naive_t() -> nn.Module:
@@ -54,104 +60,114 @@ MODELS: dict[str, dict[str, Source]] = {
 }
 
 
-def inference(options: argparse.Namespace) -> Report:
+def inference(options: argparse.Namespace) -> None:
     """All engines and data types; the naive formulation only in eager float32."""
-    engines = tuple((options.engines or "eager,fused,compile,onnxruntime,openvino").split(","))
-    settings = Settings(
-        batch_size=options.batch_size,
-        engines=engines,
-        dtypes=("float32", "bfloat16"),
-        threads=options.threads,
-        rounds=options.rounds,
-        memory=options.memory,
-        device=options.device,
-    )
-    return bench(MODELS[options.models], settings, wanted=_naive_once)
+    settings = settings_of(options, "eager,fused,compile,onnxruntime,openvino")
+    against_others(MODELS[options.models], settings, options)
 
 
-def _naive_once(key: Key) -> bool:
-    return key[0] != "naive" or key[1:] == ("eager", "float32")
-
-
-def training(options: argparse.Namespace) -> Report:
-    settings = Settings(
-        batch_size=options.batch_size,
-        engines=tuple((options.engines or "eager,compile").split(",")),
-        dtypes=("float32", "bfloat16"),
-        is_training=True,
-        threads=options.threads,
-        rounds=options.rounds,
-        memory=options.memory,
-        device=options.device,
-    )
+def training(options: argparse.Namespace) -> None:
     models = MODELS[options.models]
-    return bench({name: models[name] for name in list(models)[:3]}, settings, wanted=_naive_once)
+    settings = settings_of(options, "eager,compile", is_training=True)
+    against_others({name: models[name] for name in list(models)[:3]}, settings, options)
 
 
-def slicing(options: argparse.Namespace) -> list[Report]:
+def settings_of(options: argparse.Namespace, engines: str, is_training: bool = False) -> Settings:
+    return Settings(
+        batch_size=options.batch_size,
+        engines=tuple((options.engines or engines).split(",")),  # type: ignore[arg-type]  # checked by Settings
+        dtypes=("float32", "bfloat16"),
+        is_training=is_training,
+        rounds=options.rounds,
+        device=options.device,
+    )
+
+
+def against_others(models: Mapping[str, Source], settings: Settings, options: argparse.Namespace) -> None:
+    report = bench(models, settings, wanted=lambda key: key[0] != "naive" or key[1:] == ("eager", "float32"))
+    print(report.to_text() + "\n")
+    found = compare(report, peaks_of(report, models, settings) if options.memory else {})
+    _print_comparison(found)
+    print(json.dumps({**json.loads(report.to_json()), "benchmark": options.what, "against": found}))
+
+
+def slicing(options: argparse.Namespace) -> None:
     """Sliced and unsliced models at three image sizes."""
-    reports = []
     name = f"sret_{options.models}"
+    models = {model: model for model in (f"{name}_unsliced", name, f"{name}:permutation=strided")}
+    reports, shares = [], []
     for pixels, batch_size in ((224, 16), (384, 4), (512, 2)):
-        settings = Settings(
-            batch_size=batch_size,
-            img_size=(pixels, pixels),
-            engines=tuple((options.engines or "eager,fused,openvino").split(",")),
-            dtypes=("float32", "bfloat16"),
-            threads=options.threads,
-            rounds=options.rounds,
-            memory=options.memory,
-            device=options.device,
-        )
-        reports.append(bench([f"{name}_unsliced", name, f"{name}:permutation=strided"], settings))
-    return reports
+        settings = settings_of(options, "eager,fused,openvino")
+        settings = replace(settings, batch_size=batch_size, img_size=(pixels, pixels))
+        report = bench(models, settings)
+        print(report.to_text() + "\n")
+        shares += saved_by_slicing(report, peaks_of(report, models, settings) if options.memory else {})
+        reports.append(report)
+    print(f"{'saved by slicing, %':58}  MACs   time  memory")
+    for share in shares:
+        label = f"{share['model']}, {share['pixels']} px, {share['engine']} {share['dtype']}"
+        memory = "" if share["memory"] is None else f"{share['memory']:7.1f}"
+        print(f"{label:58} {share['macs']:5.1f}  {share['time']:5.1f} {memory}")
+    print(json.dumps({"benchmark": "slicing", "saved": shares, "reports": [json.loads(r.to_json()) for r in reports]}))
 
 
-def saved_by_slicing(report: Report) -> list[dict[str, float | str | None]]:
+def peaks_of(report: Report, models: Mapping[str, Source], settings: Settings) -> dict[Key, float]:
+    """The peak memory of each row in MiB, measured in a process of its own."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    peaks = {}
+    print("peak memory, MiB, without weights and optimizer state")
+    for row in report.rows:
+        batch, size = settings.batch_size, settings.img_size
+        peak = peak_mib(models[row.model], row.engine, row.dtype, batch, size, device, settings.is_training)
+        peaks[row.model, row.engine, row.dtype] = peak
+        print(f"  {row.model}, {row.engine} {row.dtype}: {peak:,.0f}", flush=True)
+    print()
+    return peaks
+
+
+def saved_by_slicing(report: Report, peaks: Mapping[Key, float]) -> list[dict[str, float | str | None]]:
     """The MACs, time and memory that slicing saves, in percent of the unsliced model's."""
     unsliced = {(row.engine, row.dtype): row for row in report.rows if row.model.endswith("_unsliced")}
     shares: list[dict[str, float | str | None]] = []
     for row in report.rows:
         whole = unsliced[row.engine, row.dtype]
-        if row is whole or row.vs_first_model is None:
+        if row is whole:
             continue
-        memory = None
-        if row.peak_mib is not None and whole.peak_mib is not None:
-            memory = 100 * (1 - row.peak_mib / whole.peak_mib)
+        memory = _quotient(*(peaks.get((r.model, r.engine, r.dtype)) for r in (row, whole)))
         shares.append(
             {
                 "model": row.model,
-                "pixels": row.pixels[0],
+                "pixels": row.pixels.partition("x")[0],
                 "engine": row.engine,
                 "dtype": row.dtype,
-                "macs": 100 * (1 - row.macs / whole.macs),
-                "time": 100 * (1 - row.vs_first_model),
-                "memory": memory,
+                "macs": 100 * (1 - row.gmacs / whole.gmacs),
+                "time": 100 * (1 - ratio(row.seconds, whole.seconds)),
+                "memory": None if memory is None else 100 * (1 - memory),
             }
         )
     return shares
 
 
-def compare(report: Report) -> list[dict[str, float | str | None]]:
+def compare(report: Report, peaks: Mapping[Key, float]) -> list[dict[str, float | str | None]]:
     """Compares each row of sret: speed / speed of the naive formulation, and time and memory / those of other models.
 
     Other models cannot be fused, so a fused model of sret is compared with the eager one.
     """
     rows = {(row.model, row.engine, row.dtype): row for row in report.rows}
-    naive = rows["naive", "eager", "float32"]
+    naive = "naive", "eager", "float32"
     found: list[dict[str, float | str | None]] = []
-    for row in report.rows:
+    for key, row in rows.items():
         if not row.model.startswith("sret"):
             continue
         entry: dict[str, float | str | None] = {
             "row": f"{row.model}, {row.engine} {row.dtype}",
-            "speed / naive": 1 / ratio(row.seconds, naive.seconds),
-            "memory / naive": _quotient(row.peak_mib, naive.peak_mib),
+            "speed / naive": 1 / ratio(row.seconds, rows[naive].seconds),
+            "memory / naive": _quotient(peaks.get(key), peaks.get(naive)),
         }
         for peer in dict.fromkeys(other.model for other in report.rows if other.model not in (row.model, "naive")):
-            other = rows.get((peer, "eager" if row.engine == "fused" else row.engine, row.dtype))
-            entry[f"time / {peer}"] = ratio(row.seconds, other.seconds) if other else None
-            entry[f"memory / {peer}"] = _quotient(row.peak_mib, other.peak_mib) if other else None
+            other = peer, "eager" if row.engine == "fused" else row.engine, row.dtype
+            entry[f"time / {peer}"] = ratio(row.seconds, rows[other].seconds) if other in rows else None
+            entry[f"memory / {peer}"] = _quotient(peaks.get(key), peaks.get(other))
         found.append(entry)
     return found
 
@@ -178,33 +194,11 @@ def main() -> None:
     parser.add_argument("--models", choices=tuple(MODELS), default="t")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--engines", help="such as eager,compile")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--memory", action="store_true", help="also peak memory, each model in a process of its own")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--memory", action="store_true", help="also peak memory (memory.py)")
     options = parser.parse_args()
-    if options.what == "slicing":
-        reports = slicing(options)
-        shares = [share for report in reports for share in saved_by_slicing(report)]
-        for report in reports:
-            print(as_text(report) + "\n")
-        print(f"{'saved by slicing, %':58}  MACs   time  memory")
-        for share in shares:
-            name = f"{share['model']}, {share['pixels']} px, {share['engine']} {share['dtype']}"
-            memory = "" if share["memory"] is None else f"{share['memory']:7.1f}"
-            print(f"{name:58} {share['macs']:5.1f}  {share['time']:5.1f} {memory}")
-        print(
-            json.dumps({"benchmark": "slicing", "saved": shares, "reports": [json.loads(r.to_json()) for r in reports]})
-        )
-        return
-    report = {"inference": inference, "training": training}[options.what](options)
-    print(as_text(report) + "\n")
-    found = compare(report)
-    _print_comparison(found)
-    print(json.dumps({**json.loads(report.to_json()), "benchmark": options.what, "against": found}))
-    if options.figure is not None:
-        draw(report, options.figure)
+    {"inference": inference, "slicing": slicing, "training": training}[options.what](options)
 
 
 if __name__ == "__main__":

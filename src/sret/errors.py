@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,3 +92,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, or what to do if memory ran out."""
+    if is_out_of_memory(error):
+        return "the batch does not fit in memory; try a smaller --batch-size"
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return textwrap.shorten(printable(line), 500)

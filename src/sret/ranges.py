@@ -53,14 +53,18 @@ def check_fields(config: Any, prefix: str = "") -> None:
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if value is None and type(None) in get_args(hint):
+            continue
         if hint is bool and not isinstance(value, bool):
             raise InputError(f"{prefix}{name} is {value!r}; it must be true or false")
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            choices = ", ".join(choice or "''" for choice in get_args(hint))
-            raise InputError(f"{prefix}{name} is {value!r}; it must be one of {choices}")
-        for number in (hint, *get_args(hint)):
-            if hasattr(number, "_restrictions") and not (type(None) in get_args(hint) and value is None):
-                check_number(f"{prefix}{name}", value, number)
+        for kind in (hint, *get_args(hint)):
+            if get_origin(kind) is Literal:
+                for one in value if get_origin(hint) is tuple else (value,):
+                    if one not in get_args(kind):
+                        choices = ", ".join(choice or "''" for choice in get_args(kind))
+                        raise InputError(f"{prefix}{name} is {one!r}; it must be one of {choices}")
+            if hasattr(kind, "_restrictions"):
+                check_number(f"{prefix}{name}", value, kind)
                 # The command line passes instances of these types, which a file of plain values cannot hold.
                 object.__setattr__(config, name, int(value) if isinstance(value, int) else float(value))
 

@@ -1,6 +1,7 @@
-"""Versions of the package, of torch and Python, and the commit."""
+"""Versions of the package, of torch and Python, the commit, and the name of a device."""
 
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def device_name(kind: str) -> str:
+    """The name of the GPU ("cuda") or of the processor ("cpu")."""
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -26,7 +26,7 @@ COMMANDS = {
     "eval": "measure the accuracy of a checkpoint on labelled images",
     "predict": "classify images",
     "features": "write the features of images; measure k-NN and linear-probe accuracy",
-    "bench": "compare models: time, memory, MACs",
+    "bench": "compare the speed of models",
     "info": "list the published models, or show one model in detail",
     "convert": "convert the authors' checkpoints to safetensors, and back",
     "push": "upload a model to the Hugging Face Hub",

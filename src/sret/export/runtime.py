@@ -109,14 +109,30 @@ def import_openvino() -> ModuleType:
     return openvino
 
 
-def _load_onnx(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
+def run_onnx(model: bytes, engine: str, dtype: str = "float32") -> Run:
+    """Runs an ONNX model in memory with "onnxruntime" or "openvino", with as many threads as PyTorch."""
+    if engine == "onnxruntime":
+        session = _onnx_session(model, torch.get_num_threads())
+        name = session.get_inputs()[0].name
+        return lambda x: session.run(None, {name: x})[0]
+    core = import_openvino().Core()
+    return openvino_runner(core, core.read_model(model), _openvino_options(dtype, torch.get_num_threads()), model)
+
+
+def _onnx_session(model: str | bytes, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised anyway
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _load_onnx(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
+    import onnxruntime  # noqa: F401  (a missing package is not an error of the file)
+
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = _onnx_session(str(path), threads)
     except Exception as error:  # its errors have no common class
         raise InputError(f"{path}: ONNX Runtime cannot load it; the file may be truncated ({error})") from error
     metadata = _metadata_of(path, session.get_modelmeta().custom_metadata_map)
@@ -141,12 +157,13 @@ def _load_openvino(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
     metadata = _metadata_of(path, {f"{NAMESPACE}.{name}": model.get_rt_info([NAMESPACE, name]).value for name in names})
     if sha256_of(weights) != metadata.weights:
         raise InputError(f"{weights}: not the weights of {path.name}, or damaged; export the model again")
-    options = {
-        # By default OpenVINO uses bfloat16 if the processor supports it.
-        "INFERENCE_PRECISION_HINT": "bf16" if metadata.dtype == "bfloat16" else "f32",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    return openvino_runner(core, model, options), metadata
+    return openvino_runner(core, model, _openvino_options(metadata.dtype, threads)), metadata
+
+
+def _openvino_options(dtype: str, threads: int) -> dict[str, Any]:
+    """Options that choose the data type and the number of threads."""
+    # By default OpenVINO uses bfloat16 if the processor supports it.
+    return {"INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32", "INFERENCE_NUM_THREADS": threads}
 
 
 def openvino_runner(core: Any, model: Any, options: Mapping[str, Any], *needed: Any) -> Run:

@@ -233,7 +233,7 @@ def attend(qkv: Tensor, num_sequences: int, slices: Slices, num_heads: int, head
     out, log_sums = qkv.new_empty(R, H * DP), qkv.new_empty(R, H, dtype=torch.float32)
     N, G = R // num_sequences, slices.num_groups
     BM = _block(N, G, DP)
-    _attend[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
+    _attend[(num_sequences * G, triton.cdiv(-(-N // G), BM), H)](
         qkv, slices.index, out, log_sums, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
         ORDER=slices.order, num_warps=_warps(BM, channel_block(DP)), num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
@@ -268,7 +268,7 @@ class _Attend(torch.autograd.Function):
         R, DP = qkv.shape[0], qkv.shape[1] // (3 * H)
         N = R // num_sequences
         BM = _block(N, G, DP)
-        _attend_backward[(triton.cdiv(-(-N // G), BM), num_sequences * G, H)](
+        _attend_backward[(num_sequences * G, triton.cdiv(-(-N // G), BM), H)](
             qkv, index, out, log_sums, grad, grad_qkv, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
             ORDER=order, num_warps=_warps(BM, channel_block(DP)), num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
@@ -303,12 +303,12 @@ def _attend(
     qkv, index, out, log_sums, num_tokens, num_groups, scale,
     H: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    sequence, group, head = tl.program_id(1) // num_groups, tl.program_id(1) % num_groups, tl.program_id(2)
+    sequence, group, head = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups, tl.program_id(2)
     length = num_tokens // num_groups + (group < num_tokens % num_groups).to(tl.int32)
     columns, stride = tl.arange(0, BD), 3 * H * DP
     qkv += head * 3 * DP
 
-    positions = tl.program_id(0) * BM + tl.arange(0, BM)
+    positions = tl.program_id(1) * BM + tl.arange(0, BM)
     rows = _token_rows(index, sequence, group, positions, num_tokens, num_groups, length, ORDER)
     q = _head_tile(qkv, rows, columns, stride, positions < length, DP)
     highest = tl.full((BM,), -float("inf"), tl.float32)
@@ -340,7 +340,7 @@ def _attend_backward(
     H: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """A program computes the gradients of k and v of its block of tokens, in a loop over all q, then those of its q."""
-    sequence, group, head = tl.program_id(1) // num_groups, tl.program_id(1) % num_groups, tl.program_id(2)
+    sequence, group, head = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups, tl.program_id(2)
     length = num_tokens // num_groups + (group < num_tokens % num_groups).to(tl.int32)
     columns, stride, out_stride = tl.arange(0, BD), 3 * H * DP, H * DP
     qkv += head * 3 * DP
@@ -350,7 +350,7 @@ def _attend_backward(
     log_sums += head
     dtype = qkv.dtype.element_ty
 
-    mine = tl.program_id(0) * BM + tl.arange(0, BM)
+    mine = tl.program_id(1) * BM + tl.arange(0, BM)
     inside = mine < length
     rows = _token_rows(index, sequence, group, mine, num_tokens, num_groups, length, ORDER)
     store_mask = inside[:, None] & (columns < DP)[None, :]
