@@ -113,6 +113,7 @@ OTHER_VALUES = {
     "model": replace(MODEL, drop_rate=0.5),
     "init": "weights of a run",
     "epochs": 3,
+    "recursion_start": 0.9,
     "batch_size": 128,
     "optimizer": "sgd",
     "learning_rate": 1e-3,

@@ -36,6 +36,7 @@ class Recursion(nn.Module):
 
     Attributes:
         policy: what forward keeps for backward.
+        max_passes: only the first passes run, at most so many; None for all.
     """
 
     def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
@@ -46,7 +47,13 @@ class Recursion(nn.Module):
         self.groups = tuple(groups)
         self.projections = nn.ModuleList(projections)
         self.policy = CheckpointPolicy()
+        self.max_passes: int | None = None
         self._pass: Callable[..., Tensor] = one_pass
+
+    @property
+    def num_passes(self) -> int:
+        """The number of passes that run."""
+        return len(self.groups[: self.max_passes])
 
     def is_permuted(self, pass_index: int) -> bool:
         """Whether pass number `pass_index` (from 0) permutes its tokens: every sliced pass but the first."""
@@ -59,7 +66,7 @@ class Recursion(nn.Module):
         def run_pass(i: int, x: Tensor) -> Tensor:
             return self._pass(self.block, projections[i], x, self.groups[i], permutations[i])
 
-        first, num_passes = 0, len(self.groups)
+        first, num_passes = 0, self.num_passes
         if torch.is_grad_enabled() and self.policy.kind != "none" and is_recomputable(x):
             chain = Chain(run_pass, self.weights_by_pass, self)
             if self.policy.passes is None:
@@ -74,7 +81,7 @@ class Recursion(nn.Module):
     def weights_by_pass(self) -> list[list[nn.Parameter]]:
         """The weights that each pass uses: those of the block and of its projection."""
         shared = list(self.block.parameters())
-        return [[*shared, *projection.parameters()] for projection in self.projections]
+        return [[*shared, *projection.parameters()] for projection in list(self.projections)[: self.max_passes]]
 
     def compile(self, **options: Any) -> None:
         """Compiles one pass; all recursions of equal shapes share its graph. `options` are those of `torch.compile`."""

@@ -47,7 +47,8 @@ class ReversibleRecursion(Recursion):
     def forward(self, x: Tensor, permutations: Sequence[Permutation | None]) -> Tensor:
         """(B, N, C) -> (B, N, C); `permutations` has one entry per pass, `None` for raster order."""
         branches: list[tuple[LearnableResidual, tuple[Any, ...]]] = []
-        for num_groups, permutation, projection in zip(self.groups, permutations, self.projections, strict=True):
+        passes = list(zip(self.groups, permutations, self.projections, strict=True))[: self.max_passes]
+        for num_groups, permutation, projection in passes:
             branches += [(self.block.attn, (num_groups, permutation)), (self.block.mlp, ())]
             if isinstance(projection, LearnableResidual):
                 branches.append((projection, ()))

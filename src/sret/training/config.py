@@ -44,6 +44,9 @@ class TrainConfig:
             sret_t.dist_in1k, or hf-hub:owner/name. Their depth, classes, channels and image size may differ. By
             default random.
         epochs: passes over the training images.
+        recursion_start: train with the first pass of each recursion only, and run all passes from this share of the
+            steps on. Until then validation measures the model with one pass, and no epoch counts as the best. 0 runs
+            all passes from the beginning.
         batch_size: images per step, over all processes.
         optimizer: AdamW, SGD, LAMB, Lion, NAdamW or ADOPT of timm.
         learning_rate: the maximum, after warm-up. It is not scaled with the batch size.
@@ -75,6 +78,7 @@ class TrainConfig:
     exif_orientation: bool = True
     init: Path | None = None
     epochs: PositiveInt = 60
+    recursion_start: BelowOne = 0.0
     batch_size: PositiveInt = 64
     optimizer: Optimizer = "adamw"
     learning_rate: PositiveFloat = 1e-3

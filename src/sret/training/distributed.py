@@ -8,6 +8,7 @@ tested.)
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,10 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Loads a whole state; every process takes its shard. An empty state is that of a new optimizer."""
     if state:
-        state_dict.set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+        state_dict.set_optimizer_state_dict(model, optimizer, state, options=replace(WHOLE, strict=False))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in state["state"]:  # of a pass that did not run yet
+                del optimizer.state[parameter]
 
 
 def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> Accelerator:
@@ -181,6 +185,11 @@ def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> 
     missing = set(runtime.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise InputError(f"trackers: {', '.join(sorted(missing))} is not installed; pip install it, or leave it out")
+    if config.recursion_start and accelerator.num_processes > 1:
+        raise InputError(
+            f"recursion_start is {config.recursion_start}, but several processes need gradients of all passes in every "
+            "step; set it to 0, or start one process"
+        )
     if runtime.fsdp and accelerator.num_processes == 1:
         raise InputError("fsdp divides the model among processes, and there is only one; start more with torchrun")
     if runtime.fsdp and config.mixed_precision == "fp16":

@@ -147,7 +147,10 @@ def train_epoch(
     setup.start_training()
     buffer.restart_clock()
     signal: Signals | None = None
+    setup.set_passes(state.step)
     while state.step < end and signal is None:
+        if state.step == setup.recursion_step:
+            setup.set_passes(state.step)
         buffer.add(*train_step(setup, state, loaded))
         must_save = save_every is not None and state.step % save_every == 0
         if buffer.is_due or must_save or state.step == end:
@@ -217,6 +220,7 @@ def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress
     Returns the signal that arrived meanwhile. If it stopped the evaluation, no row is added, and a resumed run starts
     with the evaluation.
     """
+    setup.set_passes(state.step - 1)
     evaluated = {"val": setup.model} if setup.ema is None else {"val": setup.model, "ema": setup.ema.module}
     results = {
         name: evaluate(
@@ -232,10 +236,11 @@ def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress
     rate, batch_size = rate_of(setup.optimizer), setup.config.batch_size
     metrics = {name: measured for name, (measured, _) in complete.items()}
     state.rows.append(epoch_row(state.step, setup.epoch_steps, batch_size, rate, state.sums, metrics))
-    state.best = max((row for row in (state.best, state.rows[-1]) if row), key=selection_key)
+    if state.step > setup.recursion_step:  # before, the weights of later passes are untrained
+        state.best = max((row for row in (state.best, state.rows[-1]) if row), key=selection_key)
     if state.best is state.rows[-1]:
         _, state.best_predictions = complete["val" if setup.ema is None else "ema"]
-    progress.epoch(state.rows[-1], state.best)
+    progress.epoch(state.rows[-1], state.best or state.rows[-1])
     state.save(setup, setup.out)
     return buffer.agreed_signal()
 

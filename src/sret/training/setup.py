@@ -26,6 +26,7 @@ from sret.data.sampler import EpochBatches, balanced_uses
 from sret.data.sources import load_data
 from sret.data.workers import worker_options
 from sret.errors import InputError, InputWarning
+from sret.layers.recursion import Recursion
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
 from sret.training import distributed, run_dir
@@ -92,6 +93,11 @@ class Setup:
         return self.config.epochs * self.epoch_steps
 
     @property
+    def recursion_step(self) -> int:
+        """The first step, counted from 0, in which all passes of the recursions run."""
+        return int(self.config.recursion_start * self.total_steps)
+
+    @property
     def last_step(self) -> int:
         """The step after which this run stops: `total_steps`, or `max_steps` if that is less."""
         return self.total_steps if self.max_steps is None else min(self.total_steps, self.max_steps)
@@ -101,6 +107,14 @@ class Setup:
         self.net.train()
         for module in self.frozen:
             module.eval()
+
+    def set_passes(self, step: int) -> None:
+        """Sets which passes of the recursions run in the training step `step`, and in the evaluation after it."""
+        max_passes = 1 if step < self.recursion_step else None
+        for model in (self.model, *([self.ema.module] if self.ema else [])):
+            for module in model.modules():
+                if isinstance(module, Recursion):
+                    module.max_passes = max_passes
 
     def close(self) -> None:
         """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
