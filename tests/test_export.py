@@ -180,6 +180,7 @@ def test_images_of_another_size_are_refused(exports):
                 exported(torch.zeros(shape))
 
 
+@pytest.mark.slow
 def test_a_weight_is_there_once_however_many_passes_share_it(tmp_path):
     sizes: dict[str, list[int]] = {".onnx": [], ".bin": []}
     for passes in (2, 6):
@@ -237,7 +238,11 @@ def test_commands_answer_alike_from_every_file(digits, sret, tmp_path):  # noqa:
 
 @pytest.mark.parametrize(
     ("suffix", "dtype", "least", "share"),
-    [(".xml", "bfloat16", 98, 0.51), (".onnx", "int8", 96, 0.42), (".xml", "int8", 96, 0.32)],
+    [
+        pytest.param(".xml", "bfloat16", 98, 0.51, marks=pytest.mark.slow),
+        pytest.param(".onnx", "int8", 96, 0.42, marks=pytest.mark.slow),
+        (".xml", "int8", 96, 0.32),
+    ],
 )
 def test_fewer_bits_keep_the_answers(suffix, dtype, least, share, digits, tmp_path):
     out = tmp_path / f"m{suffix}"
@@ -465,6 +470,7 @@ def test_a_published_name_is_fetched(tmp_path, monkeypatch):
     assert card.preprocessing.crop_pct == 0.875
 
 
+@pytest.mark.slow
 def test_nothing_is_told_but_the_report(tmp_path):
     """Least of all to others: OpenVINO reports every import, and keeps an identity for that in the home folder."""
     script = (
