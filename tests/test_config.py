@@ -57,7 +57,7 @@ def test_a_model_that_cannot_be_is_refused(changes, message):
 
 
 def test_an_error_names_stage_pass_and_size():
-    with pytest.raises(InputError, match=r"stage 2 at 8x8 pixels: groups \(4, 2\), pass 1: 1 token\(s\) cannot form 4"):
+    with pytest.raises(InputError, match=r"stage 2 at 8x8 pixels.* pass 1: 1 token.* 4"):
         replace(small_config(), img_size=8, stages=(stage(groups=(1,)), stage(groups=(4, 2))))
 
 

@@ -106,9 +106,7 @@ def test_data_that_cannot_be_is_refused(tmp_path):
     make_folder(tmp_path / "small", {"a": 1, "b": 9})
     small = load_data(str(tmp_path / "small"))
     assert len(small.split("all")) == 10
-    with pytest.raises(
-        InputError, match=r"too few images of a \(1\); each class needs at least 3, for training, validation and test"
-    ):
+    with pytest.raises(InputError, match=r"of a \(1\).* at least 3"):
         small.split("train")
     make_folder(tmp_path / "odd" / "train", {"a": 3, "b": 3})
     make_folder(tmp_path / "odd" / "val", {"a": 3, "c": 3})
@@ -234,7 +232,7 @@ def test_training_takes_the_next_image_for_one_it_cannot_read(tmp_path):
     assert dataset[SampleIndex(0, 0)][2] == ""
     x, _, errors = TrainDataset(data.split("all"), rgb, none, max_corrupt=1)[SampleIndex(1, 0)]
     assert not x.any()  # a blank: so many errors end the run
-    with pytest.raises(InputError, match=r"more images than max_corrupt 1 cannot be read: .*001.png: not .*002.png"):
+    with pytest.raises(InputError, match=r"max_corrupt 1.*001.png.*002.png"):
         Unreadable(1).add([errors], is_quiet=True)
 
 
@@ -244,7 +242,7 @@ def test_unreadable_images_are_named_once_and_counted():
         unreadable.add(["", "a: bad"])
     with pytest.warns(UserWarning, match=r"b: bad; skipped \(2 of at most 2\)"):
         unreadable.add(["a: bad", "a: bad\nb: bad"])
-    with pytest.raises(InputError, match=r"more images than max_corrupt 2 cannot be read: a: bad; b: bad; c: bad;"):
+    with pytest.raises(InputError, match=r"max_corrupt 2.* a: bad; b: bad; c: bad"):
         unreadable.add(["c: bad"])
 
 
@@ -259,5 +257,5 @@ def test_channels_and_crop_are_read_off_the_images():
     assert of(Image.new("RGB", (9, 8))).crop_pct == 0.875
     with pytest.raises(InputError, match="its all split has no images"):
         of()
-    with pytest.raises(InputError, match=r"label\(s\) 1 in all, but there are 1 classes, numbered from 0"):
+    with pytest.raises(InputError, match=r"label\(s\) 1 .* 1 classes"):
         ImageData.of("x", {"all": Samples([grey], [1])}, ["a"])

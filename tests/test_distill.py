@@ -97,7 +97,7 @@ def test_teachers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"unknown teacher 'resnet19'.* did you mean 'resnet1"):
         load_teacher("resnet19", None, TEN)
-    with pytest.raises(InputError, match=r"gone.pth: no such file, for the weights of the teacher resnet18"):
+    with pytest.raises(InputError, match=r"gone.pth: no such file.* resnet18"):
         load_teacher("resnet18", tmp_path / "gone.pth", TEN)
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"resnet18: .*should hold timm's weights for it, with 10"):
@@ -106,7 +106,7 @@ def test_teachers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
 
 def test_settings_that_another_would_overrule_are_refused(tmp_path):
     teacher = Distillation(teacher="resnet18")
-    with pytest.raises(InputError, match=r"label_smoothing is 0.1, but the targets are a teacher's predictions"):
+    with pytest.raises(InputError, match=r"label_smoothing is 0.1.* teacher"):
         TrainConfig(model="sret_t", distillation=teacher)
     with pytest.raises(InputError, match="both replace the labels"):
         TrainConfig(model="sret_t", distillation=teacher, soft_labels=tmp_path, label_smoothing=0.0)

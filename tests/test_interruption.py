@@ -33,6 +33,7 @@ from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.lock import LOCK, locked
 from sret.training.loop import train
 from sret.training.run_dir import CONTENTS, LAST, STATE
+from sret.training.signals import StopRequest
 
 HERE = Path(__file__).parent
 RECIPE = replace(RECIPE, ema_decay=0.9, mixup=0.8)
@@ -189,6 +190,18 @@ def test_a_stop_before_the_evaluation_of_an_epoch_does_not_skip_it(whole, tmp_pa
     assert_same(tmp_path / "run", whole)
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.is_made
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(kind)
+            assert stop.signal == kind
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
 def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
     """Files may not grow beyond a limit that weights fit in and the state does not: writing fails in the middle."""
     out = tmp_path / "run"
@@ -197,7 +210,7 @@ def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
-        with pytest.raises(InputError, match=r"state of step 4 could not be saved \(File too large\); --resume auto"):
+        with pytest.raises(InputError, match=r"step 4 .*File too large.* --resume auto"):
             train(RECIPE, out, resume="auto", runtime=RuntimeConfig(save_every=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -208,7 +221,7 @@ def test_a_full_disk_leaves_what_was_saved_before(whole, tmp_path):
 
 def test_an_unwritable_place_is_named_before_any_work(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"run: cannot be written to \(Not a directory\); choose another --out"):
+    with pytest.raises(InputError, match=r"run: .*Not a directory.* --out"):
         train(RECIPE, tmp_path / "file" / "run")
 
 
@@ -227,7 +240,7 @@ def holder(out: Path) -> Iterator[int]:
 def test_a_folder_that_a_run_writes_to_is_refused_and_the_lock_of_a_killed_run_is_not_in_the_way(tmp_path):
     out = tmp_path / "new" / "run"
     with holder(out) as process:
-        with pytest.raises(InputError, match=rf"run is in use by process {process} on .*; wait for it, or choose"):
+        with pytest.raises(InputError, match=rf"run is in use by process {process} on"):
             train(RECIPE, out)
         assert [path.name for path in out.iterdir()] == [".lock"]
     (out / ".state.pt.0123.tmp").write_text("left by a run that was killed while it wrote")
@@ -276,7 +289,7 @@ def test_two_runs_in_one_folder_without_locks_do_not_overwrite_each_other(quick_
         if load_state(out / STATE)["step"] == 0:
             train(replace(RECIPE, seed=1), out, max_steps=2)
 
-    with pytest.raises(InputError, match=r"another run has written to this folder; its files are kept"):
+    with pytest.raises(InputError, match=r"another run has written"):
         train(RECIPE, out, runtime=RuntimeConfig(save_every=1), on_metrics=start_the_other)
     state = load_state(out / STATE)
     assert (state["step"], state["config"]["seed"]) == (2, 1)

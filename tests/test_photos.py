@@ -182,7 +182,7 @@ def test_grey_images_among_colour_ones_are_told(tmp_path):
     for name in ("cat", "dog"):
         make_class(tmp_path / name, *(f"{i}.png" for i in range(5)))
     Image.new("L", (12, 10)).save(tmp_path / "cat" / "grey.png")
-    with pytest.warns(InputWarning, match="1 of 11 inspected images are grey and the others in colour"):
+    with pytest.warns(InputWarning, match="1 of 11 .* grey"):
         assert load_data(str(tmp_path)).in_chans == 3
 
 

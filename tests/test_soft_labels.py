@@ -95,14 +95,14 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_shard_is_written_anew(labels,
     passing.close()
     first, second = (soft_labels.shard_path(tmp_path / "out", shard) for shard in range(2))
     assert (first.exists(), second.exists()) == (True, False)
-    with pytest.raises(InputError, match=r"not complete, 1 of 2 shards are missing \(labels-00001.safetensors\)"):
+    with pytest.raises(InputError, match=r"1 of 2 shards .*labels-00001.safetensors"):
         SoftLabelDataset(tmp_path / "out", load_data("digits"), GREY)
     list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))
     assert [first.read_bytes(), second.read_bytes()] == expected
     damaged = bytearray(expected[0])
     damaged[-5] ^= 1
     first.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"damaged: labels-00000.safetensors; run the same `sret soft-labels`"):
+    with pytest.raises(InputError, match=r"damaged: labels-00000.safetensors"):
         SoftLabelDataset(tmp_path / "out", load_data("digits"), GREY)
     written = second.stat().st_mtime_ns
     list(write_soft_labels(tmp_path / "out", "digits", teacher, **OPTIONS))

@@ -255,7 +255,7 @@ def test_data_that_changed_is_not_resumed(tmp_path):
     recipe = TrainConfig(model=small_config(num_classes=2), data=str(folder), epochs=4, batch_size=4)
     train(recipe, tmp_path / "run", max_steps=1)
     (folder / "cat").rename(folder / "zebra")
-    with pytest.raises(InputError, match=r"has changed since .* was started: .*class_names was \['cat', 'dog'\]"):
+    with pytest.raises(InputError, match=r"has changed.* class_names was \['cat', 'dog'\]"):
         train(recipe, tmp_path / "run", resume="auto")
 
 
@@ -274,9 +274,9 @@ def test_what_a_recipe_left_out_is_called_so():
 
 def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    with pytest.raises(InputError, match=r"already has a run \(step 8 of 8\); it is finished: choose another"):
+    with pytest.raises(InputError, match=r"already has a run \(step 8 of 8\).* finished"):
         train(RECIPE, whole)
-    with pytest.raises(InputError, match=r"started with another recipe: learning_rate was 0.003, now 0.1"):
+    with pytest.raises(InputError, match=r"another recipe: learning_rate was 0.003, now 0.1"):
         train(replace(RECIPE, learning_rate=0.1), whole, resume="auto")
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
     (tmp_path / "half").mkdir()
@@ -316,7 +316,7 @@ def spoil(monkeypatch, in_step: int) -> None:
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, in_step):
     with monkeypatch.context() as patch:
         spoil(patch, in_step)
-        with pytest.raises(InputError, match=rf"weights are not finite after step {in_step}: .*keeps its last state"):
+        with pytest.raises(InputError, match=rf"not finite after step {in_step}:"):
             train(RECIPE, tmp_path / "run", runtime=RuntimeConfig(save_every=1))
     assert load_state(tmp_path / "run" / STATE)["step"] == in_step - 1
     train(RECIPE, tmp_path / "run", resume="auto", max_steps=in_step)  # and can go on
@@ -350,7 +350,7 @@ def test_a_teacher_that_changed_is_not_resumed(whole, tmp_path):
     train(recipe, tmp_path / "run", max_steps=2, resume="auto")
     train(replace(RECIPE, seed=5), tmp_path / "other", max_steps=1)
     teacher.write_bytes((tmp_path / "other" / LAST).read_bytes())
-    with pytest.raises(InputError, match=r"teacher.safetensors has changed since .* was started"):
+    with pytest.raises(InputError, match=r"teacher.safetensors has changed"):
         train(recipe, tmp_path / "run", resume="auto")
 
 
@@ -364,9 +364,9 @@ def test_accelerate_does_not_scale_the_loss_a_second_time(tmp_path, monkeypatch)
 
 
 def test_model_and_data_must_fit(tmp_path):
-    with pytest.raises(InputError, match=r"the model has 7 classes, digits has 10; set model.num_classes to 10"):
+    with pytest.raises(InputError, match=r"7 classes, digits has 10.* model.num_classes"):
         train(replace(RECIPE, model=replace(MODEL, num_classes=7)), tmp_path / "run")
-    with pytest.raises(InputError, match=r"the model takes 3 channels, digits has 1; set model.in_chans to 1"):
+    with pytest.raises(InputError, match=r"3 channels, digits has 1.* model.in_chans"):
         train(replace(RECIPE, model=replace(MODEL, in_chans=3)), tmp_path / "run")
     with pytest.raises(InputError, match="batch_size 5000 is more than the 1222 training images"):
         train(replace(RECIPE, batch_size=5000), tmp_path / "run")
@@ -507,12 +507,12 @@ def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
         broken = load_data(str(folder)).split(split).images[0]
         broken.write_text("no image")
     recipe = TrainConfig(model=small_config(num_classes=2), data=str(folder), epochs=2, batch_size=8, warmup_epochs=0)
-    with pytest.warns(UserWarning, match=r"not an image that can be read; skipped \(2 of at most 2\)"):
+    with pytest.warns(UserWarning, match=r"skipped \(2 of at most 2\)"):
         train(recipe, tmp_path / "run", runtime=RuntimeConfig(max_corrupt=2))
     assert len(load_state(tmp_path / "run" / STATE)["unreadable"]) == 2
     with pytest.raises(InputError, match="more images than max_corrupt 1 cannot be read"):
         train(recipe, tmp_path / "strict", runtime=RuntimeConfig(max_corrupt=1))
-    with pytest.raises(InputError, match=r"png: not an image that can be read; repair or remove"):
+    with pytest.raises(InputError, match=r"png: not an image"):
         train(recipe, tmp_path / "stricter")
     train(recipe, tmp_path / "strict", resume="auto", runtime=RuntimeConfig(max_corrupt=2))  # as the message advises
 
@@ -551,7 +551,7 @@ def test_trackers_receive_the_metrics(tmp_path):
     assert log.Scalars("train/loss")[-1].step == STEPS
     with pytest.raises(InputError, match="nonesuch"):
         train(RECIPE, tmp_path / "no", runtime=RuntimeConfig(trackers=("nonesuch",)))
-    with pytest.raises(InputError, match="trackers: wandb is not installed; pip install it, or leave it out"):
+    with pytest.raises(InputError, match="wandb is not installed"):
         train(RECIPE, tmp_path / "no", runtime=RuntimeConfig(trackers=("tensorboard", "wandb")))
 
 
@@ -577,7 +577,7 @@ def test_compiled_passes_train_to_the_same_weights(whole, tmp_path, monkeypatch,
 
 
 def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="fsdp divides the model among processes, and there is only one"):
+    with pytest.raises(InputError, match=r"fsdp .* only one"):
         train(RECIPE, tmp_path / "run", runtime=RuntimeConfig(fsdp=True))
     with pytest.raises(InputError, match="compile and fsdp cannot be used together"):
         RuntimeConfig(compile=True, fsdp=True)
@@ -586,7 +586,7 @@ def test_engines_that_would_not_be_used_are_refused(tmp_path, monkeypatch):
         train(RECIPE, tmp_path / "run")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="accelerate is configured for FSDP, which this command does not use"):
+    with pytest.raises(InputError, match="configured for FSDP"):
         train(RECIPE, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for name, value in (("num_workers", -1), ("grad_accum_steps", 0), ("save_every", 0), ("max_corrupt", -1)):

@@ -198,7 +198,7 @@ def test_without_coefficients_a_step_cannot_be_made_longer():
     source = SReT(deep(4, learnable_residual=False))
     transfer(SReT(deep(8, learnable_residual=False)), source.state_dict(), source.config)
     config = deep(8, learnable_residual=False, residual_scale="one")
-    with pytest.raises(InputError, match=r"8 passes scaled by 1 .* 4 passes scaled by 0.25 .*; set residual_scale to"):
+    with pytest.raises(InputError, match=r"8 passes .* 1 .* 4 passes .* 0.25 .* residual_scale"):
         transfer(SReT(config), source.state_dict(), source.config)
 
 
@@ -245,7 +245,7 @@ def test_a_published_file_answers_the_same_on_any_scale(tmp_path):
 
 
 def test_a_folder_is_answered_with_the_file_in_it(tmp_path):
-    with pytest.raises(InputError, match=r"is a folder; give a weights file in it, such as .*best\.safetensors"):
+    with pytest.raises(InputError, match=r"is a folder.*best\.safetensors"):
         read_source(tmp_path, deep(4))
 
 
