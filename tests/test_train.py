@@ -142,6 +142,7 @@ SHOWN_ELSEWHERE = {
     "exif_orientation",  # test_photos.py
     "class_balance",  # needs unequal classes: test_sampling.py
     "augmentation.auto_augment",  # needs colours: test_augment.py
+    "augmentation.on_device",  # test_device_data.py
     "distillation.teacher_weights",  # test_distill.py
     "ema_decay",
     "patience",

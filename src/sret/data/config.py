@@ -21,6 +21,8 @@ class Augmentation:
         flip: flip an image horizontally with probability 0.5.
         auto_augment: a policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; colour images only.
         random_erasing: probability that a rectangle of the image is replaced by noise.
+        on_device: keep all training images on the device as 8-bit values, and augment them there in batches, with other
+            random numbers; for small data sets, with the geometries "pad" and "none", and RandAugment.
     """
 
     geometry: Geometry = "crop"
@@ -28,6 +30,7 @@ class Augmentation:
     flip: bool = True
     auto_augment: str | None = None
     random_erasing: ClosedUnitInterval = 0.0
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "augmentation.")

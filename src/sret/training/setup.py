@@ -19,7 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sret.checkpoints.adapt import transfer_file
+from sret.data.config import Augmentation
 from sret.data.dataset import ImageData
+from sret.data.device_data import DeviceLoader
 from sret.data.loading import ImageDataset, TrainDataset
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, balanced_uses
@@ -70,7 +72,7 @@ class Setup:
     recipe: dict[str, Any]
     versions: dict[str, Any]
     batches: EpochBatches
-    train_loader: DataLoader[Any]
+    train_loader: DataLoader[Any] | DeviceLoader
     val_loader: DataLoader[Any]
     model: SReT
     net: nn.Module
@@ -120,7 +122,7 @@ class Setup:
         """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
         if (iterator := getattr(self.train_loader, "_iterator", None)) is not None:
             iterator._shutdown_workers()
-            self.train_loader._iterator = None
+            self.train_loader._iterator = None  # type: ignore[union-attr]
 
 
 def prepare(
@@ -146,7 +148,7 @@ def prepare(
     train_set = training_set(config, data, preprocessing, runtime.max_corrupt)
     val_set = ImageDataset(data.split("val"), preprocessing)
     batches = make_batches(train_set.samples.labels, config, runtime, accelerator)
-    train_loader, val_loader = make_loaders(train_set, val_set, batches, runtime, accelerator)
+    train_loader, val_loader = make_loaders(train_set, val_set, batches, config.augmentation, runtime, accelerator)
     model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
     ema = make_ema(model, config.ema_decay, runtime.fsdp) if config.ema_decay is not None else None
     teacher = make_teacher(config, data, accelerator.device)
@@ -237,18 +239,23 @@ def make_loaders(
     train_set: TrainDataset,
     val_set: ImageDataset,
     batches: EpochBatches,
+    augmentation: Augmentation,
     runtime: RuntimeConfig,
     accelerator: Accelerator,
-) -> tuple[DataLoader[Any], DataLoader[Any]]:
+) -> tuple[DataLoader[Any] | DeviceLoader, DataLoader[Any]]:
     """Loaders of the training images, in the order of `batches`, and of the validation images."""
     loading: dict[str, Any] = {
         **worker_options(runtime.num_workers),
         "pin_memory": accelerator.device.type == "cuda",
         "worker_init_fn": leave_process_group,
     }
-    train_loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=runtime.num_workers > 0, **loading)
     val_batch_size = max(1, batches.batch_size // accelerator.num_processes)
-    return train_loader, accelerator.prepare(DataLoader(val_set, val_batch_size, **loading))
+    val_loader = accelerator.prepare(DataLoader(val_set, val_batch_size, **loading))
+    if augmentation.on_device:
+        device = accelerator.device
+        return DeviceLoader(train_set.samples, train_set.preprocessing, augmentation, batches, device), val_loader
+    workers = {"persistent_workers": runtime.num_workers > 0, **loading}
+    return DataLoader(train_set, batch_sampler=batches, **workers), val_loader
 
 
 def make_model(

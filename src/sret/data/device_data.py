@@ -1,0 +1,158 @@
+"""Training images that live on the device as 8-bit values, and are augmented there in batches.
+
+Every image has random numbers of its own, a hash of (seed, epoch, image, use), so that a batch does not depend on how
+it is divided, and a run resumes exactly. They choose the parameters on the CPU, so that nothing waits for the device.
+The operations are those of timm's RandAugment on Pillow images, value by value (tests/test_device_data.py).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sret.data.augment import PixelErasing, train_transform
+from sret.data.batch_operations import RandomOperations, hashed, uniform
+from sret.data.config import Augmentation
+from sret.data.dataset import Samples
+from sret.data.preprocess import Preprocessing
+from sret.data.sampler import EpochBatches, SampleIndex
+from sret.errors import InputError
+
+MAX_BYTES = 4 * 2**30
+GEOMETRIES = ("pad", "none")
+CROP, FLIP, ERASE, POLICY = 0, 2, 3, 64  # the first random number of each part
+ATTEMPTS = 10  # of random erasing to find a rectangle that fits; each has four random numbers
+
+
+class DeviceLoader:
+    """Iterates over the batches of an epoch as a DataLoader of a `TrainDataset` does, with images on the device.
+
+    Raises `InputError` for an augmentation that needs the original images, for too many images, and for one that cannot
+    be read.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        batches: EpochBatches,
+        device: torch.device,
+    ) -> None:
+        self.batches, self.seed = batches, batches.seed
+        self.images = load_images(samples, preprocessing, device)
+        self.labels = torch.as_tensor(np.asarray(samples.labels), dtype=torch.long).to(device)
+        self.augment = BatchAugmentation(augmentation, preprocessing)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        for batch in self.batches:
+            rows = torch.tensor([sample.image for sample in batch]).to(self.images.device, non_blocking=True)
+            yield self.augment(self.images[rows], keys_of(self.seed, batch)), self.labels[rows], []
+
+
+def load_images(samples: Samples, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """(N, C, H, W) uint8: all images, resized and cropped to the centre."""
+    height, width = preprocessing.img_size
+    shape = (len(samples), height, width, len(preprocessing.mean))
+    if math.prod(shape) > MAX_BYTES:
+        raise InputError(
+            f"{len(samples):,} images of {height}x{width} pixels take {math.prod(shape) / 2**30:.1f} GiB; with "
+            f"augmentation.on_device they may take {MAX_BYTES // 2**30} GiB; set it to false"
+        )
+    resize, crop = preprocessing.transform().transforms[:2]
+    pixels = np.empty(shape, np.uint8)
+    for i in range(len(samples)):
+        pixels[i] = np.asarray(crop(resize(preprocessing.load(samples.images[i])))).reshape(shape[1:])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
+
+
+def keys_of(seed: int, batch: Sequence[SampleIndex]) -> Tensor:
+    """(B,) int64: a key for the random numbers of each image."""
+    key = torch.full((len(batch),), seed)
+    for part in zip(*((sample.epoch, sample.image, sample.use) for sample in batch), strict=True):
+        key = hashed(key) + torch.tensor(part)
+    return hashed(key)
+
+
+class BatchAugmentation:
+    """(B, C, H, W) uint8 and the images' keys, on the CPU -> float32 in 0..1: crop, flip, policy, erasing."""
+
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
+        if augmentation.geometry not in GEOMETRIES:
+            raise InputError(
+                f"augmentation.geometry {augmentation.geometry!r} needs the original images; with "
+                f"augmentation.on_device it must be {' or '.join(GEOMETRIES)}"
+            )
+        steps = train_transform(augmentation, preprocessing).transforms
+        self.augmentation = augmentation
+        self.policy = None
+        if augmentation.auto_augment is not None:
+            self.policy = RandomOperations(augmentation.auto_augment, steps)
+        erasing = [step for step in steps if isinstance(step, PixelErasing)]
+        self.erasing = erasing[0] if erasing else None
+
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        if self.augmentation.geometry == "pad" or self.augmentation.flip:
+            images = self.crop_and_flip(images, uniform(keys, CROP, 3))
+        if self.policy is not None:
+            images = self.policy(images, keys, POLICY)
+        floats = images.float() / 255
+        return floats if self.erasing is None else self.erase(floats, keys, self.erasing)
+
+    def crop_and_flip(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Random crops of images with a black border of 1/8, as torchvision's RandomCrop, and random flips."""
+        H, W = images.shape[-2:]
+        top, left, flip = numbers.unbind(1)
+        border = (H // 8, W // 8) if self.augmentation.geometry == "pad" else (0, 0)
+        rows = torch.arange(H) + (top * (2 * border[0] + 1)).long()[:, None]  # (B, H)
+        columns = torch.arange(W).expand(len(images), -1)
+        if self.augmentation.flip:
+            columns = torch.where((flip < 0.5)[:, None], columns.flip(1), columns)
+        columns = columns + (left * (2 * border[1] + 1)).long()[:, None]  # (B, W)
+        images = pad(images, (border[1], border[1], border[0], border[0]))
+        places = (rows[:, :, None] * images.shape[-1] + columns[:, None, :]).flatten(1).to(images.device)
+        places = places[:, None].expand(-1, images.shape[1], -1)
+        return images.flatten(2).gather(2, places).unflatten(2, (H, W))
+
+    def erase(self, images: Tensor, keys: Tensor, erasing: PixelErasing) -> Tensor:
+        """Noise with the mean and the deviation of the data, in a random rectangle of some images."""
+        rectangles = rectangles_of(erasing.erasing, keys, (images.shape[-2], images.shape[-1]))
+        chosen = (rectangles[:, 2] > 0).nonzero().flatten()
+        if not len(chosen):
+            return images
+        device, (C, H, W) = images.device, images.shape[1:]
+        top, left, height, width = rectangles[chosen].to(device)[:, :, None].unbind(1)  # each (E, 1)
+        row, column = torch.arange(H, device=device), torch.arange(W, device=device)
+        in_rows, in_columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
+        inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]  # (E, 1, H, W)
+        noise = normal(keys[chosen].to(device), C * H * W).view(-1, C, H, W).float()
+        mean, std = (value.to(device) for value in (erasing.mean, erasing.std))
+        images[chosen.to(device)] = torch.where(inside, noise * std + mean, images[chosen.to(device)])
+        return images
+
+
+def rectangles_of(erasing: RandomErasing, keys: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 4) int64: top, left, height and width of the rectangle to erase; height 0 for none. As timm draws them."""
+    H, W = size
+    numbers = uniform(keys, ERASE, 1 + 4 * ATTEMPTS)
+    areas, aspects, tops, lefts = numbers[:, 1:].unflatten(1, (ATTEMPTS, 4)).unbind(2)  # each (B, attempts)
+    area = (erasing.min_area + areas * (erasing.max_area - erasing.min_area)) * H * W
+    low, high = erasing.log_aspect_ratio
+    aspect = (low + aspects * (high - low)).exp()
+    height, width = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (height < H) & (width < W)
+    first = fits.int().argmax(1)[:, None]
+    height, width, tops, lefts = (values.gather(1, first)[:, 0] for values in (height, width, tops, lefts))
+    is_erased = (numbers[:, 0] <= erasing.probability) & fits.any(1)
+    rectangle = torch.stack([(tops * (H - height + 1)).long(), (lefts * (W - width + 1)).long(), height, width], 1)
+    return torch.where(is_erased[:, None], rectangle, 0)
+
+
+def normal(keys: Tensor, count: int) -> Tensor:
+    """(B, count) float64 standard normal numbers on the device of the keys, by Box and Muller."""
+    a, b = uniform(keys, 1 << 20, 2 * count).unflatten(1, (count, 2)).unbind(2)
+    return (-2 * (1 - a).log()).sqrt() * (2 * math.pi * b).cos()
