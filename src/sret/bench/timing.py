@@ -1,4 +1,4 @@
-"""Measures times in alternating rounds, MACs, and the rate of a large matrix product.
+"""Measures times in alternating rounds, MACs, and the rate of the fastest matrix product.
 
 The candidates alternate in one process, so that a slow phase of the machine affects all of them. The order of a round
 is random, and the next round has it reversed, so that no candidate profits from its place.
@@ -10,17 +10,17 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer, timer  # they wait for the GPU
+from torch.utils.benchmark import timer  # waits for the GPU
 from torch.utils.flop_counter import FlopCounterMode
 
 TURN = 0.02  # seconds that a turn takes at least: shorter calls are repeated
 PAUSE = 0.005  # seconds between turns: after a call, threads of some engines occupy their core for a moment
-ROOFLINE_SIDE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
 
 
 def alternate(candidates: Mapping[Any, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[Any, list[float]]:
@@ -67,8 +67,11 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product."""
-    side = ROOFLINE_SIDE[device.type]
-    matrices = {name: torch.randn(side, side, device=device).to(dtype) for name in "ab"}
-    product = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
-    return 2 * side**3 / min(product.blocked_autorange(min_run_time=0.5).times)
+    """FLOP/s of the fastest square matrix product. Sizes double until a product takes longer than a turn."""
+    side, seconds, best = 128, 0.0, 0.0
+    while seconds < TURN and side < 8192:
+        side *= 2
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = min(_turn(partial(torch.mm, a, b), 1) for _ in range(5))
+        best = max(best, 2 * side**3 / seconds)
+    return best

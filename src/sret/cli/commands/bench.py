@@ -1,5 +1,6 @@
 """`sret bench`: compares the speed of models side by side."""
 
+import logging
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -27,6 +28,7 @@ def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from rich.console import Console
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if nvcc is there, but no GPU
     from sret.bench.runner import Settings, bench
 
     settings = Settings(
