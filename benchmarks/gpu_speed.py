@@ -17,10 +17,8 @@ import argparse
 import json
 import multiprocessing
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,13 +32,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sret
-from sret.kernels.gpu import dispatch
+from sret.bench.timing import alternate, quartiles, ratio, roofline, turn
 from sret.kernels.gpu.dispatch import triton_kernels
 from sret.models.fuse import fuse
 from sret.version import versions
 
 ROUNDS = 7
-TURN = 0.05  # seconds that a turn lasts at least
 IS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_CUDA else "cpu")
 DTYPE = torch.bfloat16 if IS_CUDA else torch.float32  # Triton's interpreter has wrong products in bfloat16
@@ -128,12 +125,11 @@ def read_rows(path: Path | None) -> list[dict[str, Any]]:
 
 def ceilings(seconds: float) -> dict[str, Any]:
     """The device, its fastest matrix products in bfloat16 and in float32 without TF32, and the rate of its memory."""
-    side, size = (8192, 2**30) if IS_CUDA else (512, 2**24)
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, Any] = {"what": "ceilings", **about()}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
-        found[f"{name}_tflops"] = 2 * side**3 / fastest(lambda a=a, b=b: a @ b, seconds) / 1e12  # type: ignore[misc]
+        found[f"{name}_tflops"] = roofline(DEVICE, dtype) / 1e12
+    size = 2**30 if IS_CUDA else 2**24
     x, y = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     found["tb_per_s"] = 2 * size / fastest(lambda: y.copy_(x), seconds) / 1e12
     return found
@@ -156,22 +152,6 @@ def fastest(run: Run, seconds: float) -> float:
     return best
 
 
-def turn(run: Run, calls: int) -> float:
-    """Seconds per call."""
-    synchronize()
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    synchronize()
-    return (time.perf_counter() - started) / calls
-
-
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if IS_CUDA:
-        torch.cuda.synchronize()
-
-
 # compilation ---------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +170,7 @@ def run_once(mode: str, name: str, is_small: bool) -> None:
     """One call with each number of images that `speed` has in this mode."""
     for batch in sorted({group.batch for group in GROUPS if group.mode == mode}):
         _, make, _ = contenders(Group(mode, "eager", batch), is_small)[f"triton {name}"]
-        with path(True):
+        with triton_kernels(True):
             make()()
 
 
@@ -206,12 +186,13 @@ def measure(group: Group, is_small: bool) -> list[dict[str, Any]]:
         row = rows[name] = {"what": "speed", "group": asdict(group), "family": family, "model": name}
         try:
             started = time.perf_counter()
-            with path(kernels):
+            with triton_kernels(kernels):
                 run = make()
                 outputs[name] = run().float()
-                synchronize()
+                if IS_CUDA:
+                    torch.cuda.synchronize()
             row["first_s"] = time.perf_counter() - started
-            with path(kernels):
+            with triton_kernels(kernels):
                 row["mib"] = memory(run)
             runs[name] = within(kernels, run)
         except Exception as error:
@@ -220,13 +201,13 @@ def measure(group: Group, is_small: bool) -> list[dict[str, Any]]:
         plain = outputs.get(name.replace("triton", "plain", 1))
         if name.startswith("triton") and name in runs and plain is not None:
             row["difference"] = ((outputs[name] - plain).abs().max() / plain.abs().max()).item()
-    times = alternate(runs, *((2, 0.0) if is_small else (ROUNDS, TURN)))
+    times = alternate(runs, 2 if is_small else ROUNDS)
     for name, seconds in times.items():
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        low, median, high = quartiles(seconds)
         rows[name] |= {"ms": 1e3 * median, "iqr": (high - low) / median, "batch": group.batch}
         reference = times.get(FAMILIES[rows[name]["family"]][0])
         if reference:
-            rows[name]["ratio"] = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+            rows[name]["ratio"] = ratio(seconds, reference)
     return list(rows.values())
 
 
@@ -327,31 +308,12 @@ def memory(run: Run) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-@contextmanager
-def path(kernels: bool) -> Iterator[None]:
-    """Within this context models take the Triton kernels, or the plain formula."""
-    with triton_kernels(kernels) if kernels != (dispatch.off() is None) else nullcontext():
-        yield
-
-
 def within(kernels: bool, run: Run) -> Run:
     def inner() -> Tensor:
-        with path(kernels):
+        with triton_kernels(kernels):
             return run()
 
     return inner
-
-
-def alternate(runs: Mapping[str, Run], rounds: int, seconds_of_turn: float) -> dict[str, list[float]]:
-    """Seconds per call of each contender in each round; every other round in the opposite order."""
-    calls = {name: max(1, round(seconds_of_turn / min(turn(run, 1) for _ in range(2)))) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(turn(runs[name], calls[name]))
-        order.reverse()
-    return seconds
 
 
 if __name__ == "__main__":

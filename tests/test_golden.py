@@ -1,7 +1,5 @@
 """The authors' release, number by number: logits, stage outputs, loss and gradients that it recorded."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import DATA
@@ -12,8 +10,7 @@ from sret import ModelConfig, SReT, StageConfig
 from sret.checkpoints.official import from_official, official_keys
 from sret.layers import replay
 
-# One recording is kept here; the others are tested where the project's shared folder lies beside the checkout.
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
+# By name: blocks, slices and MLP ratio of the recorded model.
 RECORDINGS = {
     "sliced_small": ((1, 2, 1), ((8, 2), (4, 1), (1, 1)), 3.6),
     "sliced_small_permute_two_stages": ((2, 2, 1), ((16, 4), (4, 2), (1, 1)), 4.0),
@@ -21,21 +18,15 @@ RECORDINGS = {
 }
 
 
-def path_of(name: str) -> Path:
-    return next((p for p in (DATA / f"{name}.safetensors", SHARED / f"{name}.safetensors") if p.exists()), SHARED)
-
-
 @pytest.fixture(params=RECORDINGS)
 def recording(request):
-    if not path_of(request.param).is_file():
-        pytest.skip(f"{request.param} lies in the project's shared folder, which is not beside this checkout")
     blocks, groups, mlp_ratio = RECORDINGS[request.param]
     stages = tuple(
         StageConfig(embed_dim=8 * h, num_heads=h, num_blocks=b, groups=g, mlp_ratio=mlp_ratio, projection_ratio=1.0)
         for h, b, g in zip((2, 4, 8), blocks, groups, strict=True)
     )
     config = ModelConfig(stages=stages, img_size=64, num_classes=10)
-    record = load_file(path_of(request.param))
+    record = load_file(DATA / f"{request.param}.safetensors")
     model = SReT(config)
     official = {key.removeprefix("weight."): t for key, t in record.items() if key.startswith("weight.")}
     model.load_state_dict(from_official(official, config))

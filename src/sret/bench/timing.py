@@ -27,18 +27,19 @@ def alternate(candidates: Mapping[Any, Callable[[], object]], rounds: int, warm_
     """Seconds per call of each candidate in each round, after `warm_up` calls that do not count."""
     calls = {}
     for name, run in candidates.items():
-        calls[name] = math.ceil(TURN / max(1e-5, min(_turn(run, 1) for _ in range(warm_up))))
+        calls[name] = math.ceil(TURN / max(1e-5, min(turn(run, 1) for _ in range(warm_up))))
     seconds: dict[Any, list[float]] = {name: [] for name in candidates}
     generator, order = random.Random(0), list(candidates)
     for i in range(rounds):
         order = order[::-1] if i % 2 else generator.sample(order, len(order))
         for name in order:
             time.sleep(PAUSE)
-            seconds[name].append(_turn(candidates[name], calls[name]))
+            seconds[name].append(turn(candidates[name], calls[name]))
     return seconds
 
 
-def _turn(run: Callable[[], object], calls: int) -> float:
+def turn(run: Callable[[], object], calls: int) -> float:
+    """Seconds per call, of `calls` calls; a GPU has finished them."""
     started = timer()
     for _ in range(calls):
         run()
@@ -72,6 +73,6 @@ def roofline(device: torch.device, dtype: torch.dtype) -> float:
     while seconds < TURN and side < 8192:
         side *= 2
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = min(_turn(partial(torch.mm, a, b), 1) for _ in range(5))
+        seconds = min(turn(partial(torch.mm, a, b), 1) for _ in range(5))
         best = max(best, 2 * side**3 / seconds)
     return best

@@ -35,6 +35,4 @@ def _refusal(residual: LearnableResidual, device: torch.device) -> str | None:
     channels = norm.normalized_shape[-1] if isinstance(norm, nn.LayerNorm) else 1
     x = torch.empty(1, 1, channels, device=device)
     with torch.autocast(device.type, torch.bfloat16):
-        reason = residual.weights_refusal() or residual.size_refusal(x)
-    is_only_device = device.type != "cuda" and reason == dispatch.device_refusal(device)
-    return None if is_only_device else reason
+        return residual.weights_refusal() or residual.size_refusal(x)

@@ -94,7 +94,7 @@ class LearnableResidual(nn.Module):
 
     def triton_refusal(self, x: Tensor) -> str | None:
         """Why the Triton kernels cannot compute this residual of x, or None if they can."""
-        return dispatch.off() or self.weights_refusal() or self.size_refusal(x)
+        return dispatch.off() or dispatch.device_refusal(x.device) or self.weights_refusal() or self.size_refusal(x)
 
     def size_refusal(self, x: Tensor) -> str | None:
         """Why the Triton kernels cannot compute a branch of this size, or None if they can."""

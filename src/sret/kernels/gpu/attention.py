@@ -25,7 +25,9 @@ from sret.kernels.gpu.tiles import (
     as_rows,
     channel_block,
     dot,
+    launch_options,
     load_tile,
+    norm_tile,
     normalize,
     normalize_backward,
     padded,
@@ -136,8 +138,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tenso
     tiles = tiles_for(FORWARD, BC)
     _norm_linear[(triton.cdiv(R, tiles.BM),)](
         x, norm_weight, norm_bias, weight, bias, y, R, C, eps,
-        K=K, BM=tiles.BM, BC=BC, BK=tiles.BH, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        enable_fp_fusion=True,
+        K=K, BM=tiles.BM, BC=BC, BK=tiles.BH, **tiles.options,
     )  # fmt: skip
     return y
 
@@ -170,8 +171,7 @@ class _NormLinear(torch.autograd.Function):
         sums = torch.empty(programs, K + 2 * BC, device=rows.device)
         _norm_linear_backward[(programs,)](
             rows, grad, norm_weight, norm_bias, weight, grad_x, normed, sums, R, C, ctx.eps,
-            K=K, BM=tiles.BM, BC=BC, BK=tiles.BH, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            enable_fp_fusion=True,
+            K=K, BM=tiles.BM, BC=BC, BK=tiles.BH, **tiles.options,
         )  # fmt: skip
         grad_bias, grad_norm_weight, grad_norm_bias = sums.sum(0).split([K, BC, BC])
         grad_weight = weight_gradient(grad, normed)
@@ -185,8 +185,7 @@ def _norm_linear(
 ):  # fmt: skip
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BC)
     stream = load_tile(x, rows, columns, num_rows, num_channels, num_channels)
-    normalized, _ = normalize(stream, columns, num_channels, eps)
-    normed = normalized * tl.load(norm_weight + columns)[None, :] + tl.load(norm_bias + columns)[None, :]
+    normed = norm_tile(stream, norm_weight, norm_bias, columns, num_channels, eps)
     normed = normed.to(weight.dtype.element_ty)
     for start in range(0, K, BK):
         block = start + tl.arange(0, BK)
@@ -235,7 +234,7 @@ def attend(qkv: Tensor, num_sequences: int, slices: Slices, num_heads: int, head
     BM = _block(N, G, DP)
     _attend[(num_sequences * G, triton.cdiv(-(-N // G), BM), H)](
         qkv, slices.index, out, log_sums, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-        ORDER=slices.order, num_warps=_warps(BM, channel_block(DP)), num_stages=2, enable_fp_fusion=True,
+        ORDER=slices.order, **launch_options(_warps(BM, channel_block(DP)), 2),
     )  # fmt: skip
     return out, log_sums
 
@@ -270,7 +269,7 @@ class _Attend(torch.autograd.Function):
         BM = _block(N, G, DP)
         _attend_backward[(num_sequences * G, triton.cdiv(-(-N // G), BM), H)](
             qkv, index, out, log_sums, grad, grad_qkv, N, G, head_dim**-0.5, H=H, DP=DP, BD=channel_block(DP), BM=BM,
-            ORDER=order, num_warps=_warps(BM, channel_block(DP)), num_stages=1, enable_fp_fusion=True,
+            ORDER=order, **launch_options(_warps(BM, channel_block(DP)), 1),
         )  # fmt: skip
         return grad_qkv, None, None, None, None
 
@@ -416,7 +415,7 @@ class _ProjResidual(torch.autograd.Function):
         _proj_residual[(triton.cdiv(R, tiles.BM),)](
             rows, alpha, keep, attended, weight_cast, bias, y, R, C, x.shape[1],
             A=A, BM=tiles.BM, BC=BC, BA=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+            **tiles.options,
         )  # fmt: skip
         ctx.save_for_backward(rows, alpha, keep, attended, weight_cast)
         ctx.shape = x.shape
@@ -436,7 +435,7 @@ class _ProjResidual(torch.autograd.Function):
         _proj_residual_backward[(programs,)](
             rows, grad, alpha, keep, weight, grad_x, grad_attended, grad_branch, sums, R, C, ctx.shape[1],
             A=A, BM=tiles.BM, BC=BC, BA=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+            **tiles.options,
         )  # fmt: skip
         grad_bias, grad_alpha = sums.sum(0).split([BC, 1])
         grad_weight = weight_gradient(attended, grad_branch)

@@ -44,11 +44,11 @@ def off() -> str | None:
 
 
 def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int | None = None) -> str | None:
-    """Why the kernels cannot compute a residual of x, (B, N, `num_channels`), or None if they can.
+    """Why the kernels of no device can compute a residual of x, (B, N, `num_channels`), or None if they can.
 
     `num_heads` is that of an attention; None for a branch without heads.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+    if torch.compiler.is_compiling() or is_transformed():
         return "compiled, exported and transformed code uses the plain formula"
     if type(x) not in (Tensor, nn.Parameter):
         return f"a {type(x).__name__} is not a plain tensor"
@@ -61,7 +61,7 @@ def refusal(x: Tensor, weight: Tensor, num_channels: int, num_heads: int | None 
         return f"there is no kernel for heads of more than {MAX_HEAD_CHANNELS} channels"
     if x.numel() == 0:
         return "the tensor is empty"
-    return device_refusal(x.device)
+    return None
 
 
 @lru_cache
@@ -114,12 +114,13 @@ def _shared_packing() -> Iterator[None]:
 
 def packed(module: nn.Module, dtype: torch.dtype, pack: Callable[[], Packed]) -> Packed:
     """What `pack` makes of the weights of `module` for products in `dtype`; made anew when a weight has changed."""
-    is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-    if is_differentiable or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        # In a CUDA graph a packed weight must be computed by the graph, so that replays see changed weights.
+    has_trained = any(p.requires_grad for p in module.parameters())
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if has_trained and (torch.is_grad_enabled() or is_captured):
+        # In a CUDA graph the packed weights must be computed by the graph, so that replays see changed weights.
         if _current is None:
             return pack()
-        key = module, (dtype, is_differentiable)
+        key = module, (dtype, torch.is_grad_enabled())
         if key not in _current:
             _current[key] = pack()
         return _current[key]
@@ -127,5 +128,7 @@ def packed(module: nn.Module, dtype: torch.dtype, pack: Callable[[], Packed]) ->
     found = _frozen.get(module)
     if found is None or found[0] != state:
         with torch.no_grad():
-            found = _frozen[module] = state, pack()
+            found = state, pack()
+        if not is_captured:  # what a graph computes is there only after its first replay
+            _frozen[module] = found
     return found[1]

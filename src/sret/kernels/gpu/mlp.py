@@ -25,6 +25,7 @@ from sret.kernels.gpu.tiles import (
     gelu_slope,
     load_tile,
     mlp_tile,
+    norm_tile,
     normalize,
     normalize_backward,
     padded,
@@ -122,7 +123,7 @@ class _MlpResidual(torch.autograd.Function):
         _forward[(triton.cdiv(R, tiles.BM),)](
             rows, alpha, keep, norm_weight, norm_bias, w1_cast, b1, w2_cast, b2, y, R, C, x.shape[1], eps,
             HIDDEN=HIDDEN, BM=tiles.BM, BC=BC, BH=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+            **tiles.options,
         )  # fmt: skip
         ctx.save_for_backward(rows, alpha, keep, norm_weight, norm_bias, b1, w1_cast, w2_cast)
         ctx.shape, ctx.eps = x.shape, eps
@@ -145,7 +146,7 @@ class _MlpResidual(torch.autograd.Function):
             rows, grad, alpha, keep, norm_weight, norm_bias, w1, b1, w2,
             grad_x, normed, grad_branch, hidden, grad_hidden, sums, R, C, ctx.shape[1], ctx.eps,
             HIDDEN=HIDDEN, BM=tiles.BM, BC=BC, BH=tiles.BH, HAS_ALPHA=alpha is not None, HAS_KEEP=keep is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+            **tiles.options,
         )  # fmt: skip
         grad_b1, grad_b2, grad_norm_weight, grad_norm_bias, grad_alpha = sums.sum(0).split([HIDDEN, BC, BC, BC, 1])
         return (
@@ -172,8 +173,7 @@ def _forward(
 ):  # fmt: skip
     rows, columns = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BC)
     stream = load_tile(x, rows, columns, num_rows, num_channels, num_channels)
-    normalized, _ = normalize(stream, columns, num_channels, eps)
-    normed = normalized * tl.load(norm_weight + columns)[None, :] + tl.load(norm_bias + columns)[None, :]
+    normed = norm_tile(stream, norm_weight, norm_bias, columns, num_channels, eps)
     branch = mlp_tile(normed.to(w1.dtype.element_ty), w1, b1, w2, BM, BC, BH, HIDDEN)
     branch += tl.load(b2 + columns)[None, :]
     stream = load_tile(x, rows, columns, num_rows, num_channels, num_channels)  # loaded again: fewer registers

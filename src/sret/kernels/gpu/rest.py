@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sret.kernels.gpu.attention import PackedAttention, Slices, attend, norm_linear, proj_tile
 from sret.kernels.gpu.mlp import PackedMlp
-from sret.kernels.gpu.tiles import REST, as_rows, load_tile, mlp_tile, normalize, residual_tile, store_tile, tiles_for
+from sret.kernels.gpu.tiles import REST, as_rows, load_tile, mlp_tile, norm_tile, residual_tile, store_tile, tiles_for
 
 Mlp = tuple[PackedMlp, Tensor | None]  # with alpha
 
@@ -35,7 +35,7 @@ def whole_pass(
         A=A, HIDDEN=mlp[0].w1.shape[0], LAST_HIDDEN=last.w1.shape[0], BM=tiles.BM, BC=BC, BH=tiles.BH,
         HAS_ALPHA=attention[1] is not None, HAS_MLP_ALPHA=mlp[1] is not None, HAS_LAST_ALPHA=last_alpha is not None,
         HAS_LAST=projection is not None,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        **tiles.options,
     )  # fmt: skip
     return y.view(x.shape)
 
@@ -51,8 +51,7 @@ def _mlp_residual_tile(
     HIDDEN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, HAS_ALPHA: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BC)
-    normalized, _ = normalize(stream, columns, num_channels, eps)
-    normed = normalized * tl.load(norm_weight + columns)[None, :] + tl.load(norm_bias + columns)[None, :]
+    normed = norm_tile(stream, norm_weight, norm_bias, columns, num_channels, eps)
     branch = mlp_tile(normed.to(w1.dtype.element_ty), w1, b1, w2, BM, BC, BH, HIDDEN)
     branch += tl.load(b2 + columns)[None, :]
     return residual_tile(stream, branch, alpha, alpha, columns, 0, 1, HAS_ALPHA, False)

@@ -5,6 +5,7 @@ and sums are in float32, products in the dtype of the weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,15 @@ class Tiles:
     BH: int
     num_warps: int
     num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return launch_options(self.num_warps, self.num_stages)
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Options of a launch. Fused multiply-adds are Triton's default, and said here so that it stays so."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 # By BC. Chosen so that nothing spills when compiled for sm_80 and sm_90 (tests/test_triton_compile.py), not by time.
@@ -85,6 +95,13 @@ def normalize(x, columns, num_channels, eps):
     centred = tl.where((columns < num_channels)[None, :], x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / num_channels + eps)
     return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def norm_tile(x, weight, bias, columns, num_channels, eps):
+    """(BM, BC) float32: LN(x), 0 in padded columns, whose weights are 0."""
+    normalized, _ = normalize(x, columns, num_channels, eps)
+    return normalized * tl.load(weight + columns)[None, :] + tl.load(bias + columns)[None, :]
 
 
 @triton.jit
