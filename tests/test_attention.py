@@ -69,12 +69,12 @@ def test_slices_cover_all_tokens_and_differ_by_one_at_most(num_tokens, data):
 
 
 @pytest.mark.parametrize("num_groups", [0, -1, 5])
-def test_slices_that_cannot_be_are_refused(num_groups):
+def test_impossible_slices_are_refused(num_groups):
     with pytest.raises(InputError, match="try at most 4"):
         attention()(tokens(4), num_groups)
 
 
-def test_heads_that_cannot_be_are_refused():
+def test_impossible_heads_are_refused():
     with pytest.raises(InputError, match="24 channels cannot form 5 equal heads"):
         SlicedAttention(24, 5)
 

@@ -82,7 +82,7 @@ def test_affine_sees_what_evaluation_sees():
     )
 
 
-def test_settings_that_cannot_be_are_refused():
+def test_invalid_settings_are_refused():
     for name, value in (("min_scale", 0.0), ("random_erasing", 1.5), ("geometry", "resize")):
         with pytest.raises(InputError, match=f"augmentation.{name} is {value!r}"):
             Augmentation(**{name: value})

@@ -100,7 +100,7 @@ def test_the_recipe_is_shown_with_its_overrides(capsys):
     assert "drop_path_rate: 0.3" in capsys.readouterr().out
 
 
-def test_bad_images_are_named_and_the_rest_answered(tmp_path, sret):
+def test_bad_images_are_named_and_the_others_classified(tmp_path, sret):
     checkpoint = make_checkpoint(tmp_path / "m.safetensors")
     good = tmp_path / "good.png"
     Image.new("RGB", (30, 20)).save(good)
@@ -285,7 +285,7 @@ def test_an_undivided_folder_is_evaluated_whole_unless_it_was_trained_on(sret, t
     assert "all: 21 images" in sret("eval", "--checkpoint", own, "--split", "all")[1]
 
 
-def test_a_teacher_answers_once_and_a_student_learns_from_it(run_folder, sret, tmp_path):
+def test_a_teacher_predicts_once_and_a_student_learns_from_it(run_folder, sret, tmp_path):
     labels, student = tmp_path / "labels", tmp_path / "student"
     best = run_folder / "best.safetensors"
     code, out, _ = sret("soft-labels", "--data", "digits", "--teacher", best, "--out", labels, "--crops", 1)

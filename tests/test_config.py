@@ -27,7 +27,7 @@ def stage(**changes: object) -> StageConfig:
         ({"projection_ratio": 0.0}, "projection_ratio 0.0 of 16 channels"),
     ],
 )
-def test_a_stage_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_stage_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         stage(**changes)
 
@@ -51,7 +51,7 @@ def test_a_stage_that_cannot_be_is_refused(changes, message):
         ({"global_pool": ""}, "use avg or max, or set num_classes to 0"),
     ],
 )
-def test_a_model_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_model_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         small_config(**changes)
 

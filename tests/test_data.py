@@ -93,7 +93,7 @@ def test_loose_images_of_a_split_are_not_passed_over(tmp_path):
         load_data(str(tmp_path))
 
 
-def test_data_that_cannot_be_is_refused(tmp_path):
+def test_invalid_data_are_refused(tmp_path):
     with pytest.raises(InputError, match="no data 'nowhere'"):
         load_data("nowhere")
     (tmp_path / "empty").mkdir()

@@ -98,7 +98,7 @@ def test_all_depths_of_one_width_have_the_same_blocks():
         ({"layers": 20, "max_parameters": float("inf")}, "max_parameters is inf; it must be a whole number"),
     ],
 )
-def test_what_cannot_be_names_the_nearest_that_can(asked, message):
+def test_errors_name_the_nearest_valid_value(asked, message):
     with pytest.raises(InputError, match=message):
         deep_config(**asked)
 

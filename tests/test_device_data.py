@@ -120,7 +120,7 @@ def test_erased_rectangles_have_timms_areas_and_noise_the_data_s_statistics(pixe
         assert values.std().item() == pytest.approx(PREPROCESSING.std[channel], abs=0.01)
 
 
-def test_what_cannot_be_done_on_the_device_is_refused(tmp_path: Path, monkeypatch):
+def test_operations_without_a_device_version_are_refused(tmp_path: Path, monkeypatch):
     with pytest.raises(InputError, match=r"'crop' needs the original images"):
         BatchAugmentation(Augmentation(on_device=True), PREPROCESSING)
     for policy in ("augmix-m3-w3", "rand-m9-tweights", "v0"):

@@ -93,7 +93,7 @@ def test_a_model_of_timm_teaches_from_a_file(tmp_path):
     assert torch.equal(teacher.state_dict()["head.weight"], model.state_dict()["head.weight"])
 
 
-def test_teachers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
+def test_teachers_that_cannot_be_loaded_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"unknown teacher 'resnet19'.* did you mean 'resnet1"):
         load_teacher("resnet19", None, TEN)

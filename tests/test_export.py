@@ -125,7 +125,7 @@ THREE_PASSES = StageConfig(embed_dim=16, num_heads=2, num_blocks=1, groups=(4, 3
     ],
     ids=["oblong", "uneven", "plain residuals", "three passes", "no classes"],
 )
-def test_any_model_answers_the_same_for_any_number_of_images(config, size, tmp_path):
+def test_any_model_gives_equal_outputs_for_any_number_of_images(config, size, tmp_path):
     model = disturbed(config)
     before = copy.deepcopy(model.state_dict())
     for suffix in SUFFIXES:
@@ -159,7 +159,7 @@ def test_a_file_knows_what_a_weights_file_knows(exports):
     assert (metadata["sret.dtype"], metadata["sret.version"]) == ("float32", package.__version__)
 
 
-def test_a_image_has_one_answer_whatever_the_batch_and_the_threads(exports):
+def test_the_output_of_an_image_depends_on_neither_batch_nor_threads(exports):
     images = torch.randn(4, 3, 64, 64)
     for suffix in SUFFIXES:
         exported = load_exported(exports[suffix], threads=1)[0]
@@ -208,7 +208,7 @@ def test_whatever_is_computed_depends_on_the_image(config, size):
     assert {node.op_type for node in graph.node} >= {"MatMul", "Gelu", "LayerNormalization", "Softmax", "Gather"}
 
 
-def test_commands_answer_alike_from_every_file(digits, sret, tmp_path):  # noqa: F811
+def test_commands_give_equal_results_from_every_file(digits, sret, tmp_path):  # noqa: F811
     images = sorted((ROOT / "examples" / "digits").glob("*.png"))
     answers = []
     for suffix in (".safetensors", *SUFFIXES):
@@ -244,7 +244,7 @@ def test_commands_answer_alike_from_every_file(digits, sret, tmp_path):  # noqa:
         (".xml", "int8", 96, 0.32),
     ],
 )
-def test_fewer_bits_keep_the_answers(suffix, dtype, least, share, digits, tmp_path):
+def test_fewer_bits_keep_the_predictions(suffix, dtype, least, share, digits, tmp_path):
     out = tmp_path / f"m{suffix}"
     found = export(str(digits), out, dtype, data="digits", samples=200).comparison
     assert found.count == 200
@@ -292,7 +292,7 @@ def test_a_comparison_counts_what_it_says():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("answer", "message"), [(1.001, "differ from the model's by up to"), (np.nan, "not finite")])
-def test_a_file_that_answers_otherwise_is_not_left(suffix, answer, message, tmp_path, monkeypatch):
+def test_a_file_with_other_outputs_is_not_kept(suffix, answer, message, tmp_path, monkeypatch):
     def load(path: Path) -> tuple[Exported, Card]:
         exported, card = load_exported(path)
         return Exported(lambda x: answer * exported(torch.from_numpy(x)).numpy(), card, "", ""), card
@@ -372,7 +372,7 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (["pets/cat/000.png", "m.onnx"], "pets/cat/000.png: not a PyTorch checkpoint"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments, message, exports, tmp_path, monkeypatch, sret):  # noqa: F811
+def test_an_impossible_export_gives_one_line(arguments, message, exports, tmp_path, monkeypatch, sret):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "pets", {"cat": 4, "dog": 4})
     code, out, err = sret("export", *[exports[".safetensors"] if a == "M" else a for a in arguments])

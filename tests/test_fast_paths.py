@@ -59,7 +59,7 @@ SIZES = [(64, 64), (80, 56)]  # of slices that are equal, and that are not
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_answers_and_gradients_are_the_oracles(case, size):
+def test_outputs_and_gradients_are_the_oracles(case, size):
     model = lively(SReT(CASES[case])).double()
     x = torch.randn(3, 3, *size, dtype=torch.double)
     grads = []
@@ -213,7 +213,7 @@ def test_what_is_changed_in_a_fused_model_counts():
         assert not torch.allclose(fused(x), again, atol=1e-4)
 
 
-def test_a_fused_model_gives_gradients_of_its_input_after_it_answered_without():
+def test_a_fused_model_gives_gradients_of_its_input_after_a_call_without():
     model = lively(SReT(small_config()))
     fused, x = fuse(model), torch.randn(2, 3, 64, 64, requires_grad=True)
     with torch.inference_mode():
@@ -272,7 +272,7 @@ def stochastic_depth(model: SReT) -> None:
 
 
 @pytest.mark.parametrize("change", [changed_activation, patched_forward, no_bias, other_epsilon, stochastic_depth])
-def test_a_model_that_was_changed_answers_as_changed(change):
+def test_a_changed_model_gives_changed_outputs(change):
     """Before and after the lines of its passes were made; the path for gradients and that without agree."""
     model, x = lively(SReT(small_config(drop_path_rate=0.5))), torch.randn(4, 3, 64, 64)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_gradients_of_each_sample_by_functional_transforms():
 
 
 @pytest.mark.slow
-def test_a_processor_without_avx512_answers_in_bfloat16():
+def test_a_processor_without_avx512_computes_in_bfloat16():
     code = (
         "import torch, timm, sret; m = sret.fuse(timm.create_model('sret_t', num_classes=3)).bfloat16()\n"
         "with torch.no_grad(): print(m(torch.randn(2, 3, 64, 64).bfloat16()).isfinite().all().item())"
@@ -418,7 +418,7 @@ def test_the_guard_sees_a_copy():
 
 
 @pytest.mark.slow
-def test_a_compiled_pass_answers_and_learns_as_the_plain_one():
+def test_a_compiled_pass_has_the_outputs_and_gradients_of_the_plain_one():
     model = lively(SReT(small_config(permutation="strided"))).train()
     compiled = copy.deepcopy(model)
     compiled.compile()

@@ -62,7 +62,7 @@ def undo_the_recorded_step(model: SReT, record: dict[str, torch.Tensor]) -> None
         bn.running_var.copy_((var - 0.1 * x.var((0, 2, 3))) / 0.9)
 
 
-def test_evaluation_answers_as_recorded(recording):
+def test_evaluation_gives_the_recorded_outputs(recording):
     model, record = recording
     undo_the_recorded_step(model, record)
     with torch.no_grad(), replay(permutations(record, "eval")):

@@ -49,7 +49,7 @@ def _full_precision() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("permutation", ["random", "strided"])
-def test_a_gpu_answers_as_a_cpu_does(permutation):
+def test_outputs_of_a_gpu_equal_those_of_a_cpu(permutation):
     model, images = SReT(small_config(permutation=permutation)).eval(), torch.randn(3, 3, 64, 80)
     expected = model(images).detach()
     for net in (model.cuda(), fuse(model)):

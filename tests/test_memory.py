@@ -280,7 +280,7 @@ def test_no_more_inputs_live_than_slots(num_steps, slots):
         ("reversible", "needs a two-stream model.*use 'nested'"),
     ],
 )
-def test_a_policy_that_cannot_be_names_one_that_can(policy, message):
+def test_an_invalid_policy_names_a_valid_one(policy, message):
     with pytest.raises(InputError, match=message):
         small_config(memory=policy)
     with pytest.raises(InputError, match=message):

@@ -25,7 +25,7 @@ def test_any_size_the_stem_can_take(size):
 
 @pytest.mark.parametrize("permutation", ["random", "strided"])
 @pytest.mark.parametrize("size", [(64, 64), (72, 72), (80, 56)])
-def test_an_image_has_one_answer_whatever_the_seed_and_the_batch(permutation, size):
+def test_the_output_of_an_image_depends_on_neither_seed_nor_batch(permutation, size):
     model = SReT(small_config(permutation=permutation)).double().eval()
     x = torch.randn(3, 3, *size, dtype=torch.double)
     with torch.no_grad():

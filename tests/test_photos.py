@@ -162,7 +162,7 @@ def test_files_that_are_passed_over_are_counted_by_kind_with_a_cure(tmp_path):
     assert "notes" not in text
 
 
-def test_unequal_classes_are_told_and_can_be_balanced(tmp_path, capsys):
+def test_unequal_classes_give_a_warning_and_can_be_balanced(tmp_path, capsys):
     make_class(tmp_path / "photos" / "common", *(f"{i}.png" for i in range(60)))
     make_class(tmp_path / "photos" / "rare", *(f"{i}.png" for i in range(6)))
     stages = "[{embed_dim: 16, num_heads: 1, num_blocks: 1, groups: [1], mlp_ratio: 2.0}]"
@@ -178,7 +178,7 @@ def test_unequal_classes_are_told_and_can_be_balanced(tmp_path, capsys):
     assert not torch.equal(*weights)
 
 
-def test_grey_images_among_colour_ones_are_told(tmp_path):
+def test_grey_images_among_colour_ones_give_a_warning(tmp_path):
     for name in ("cat", "dog"):
         make_class(tmp_path / name, *(f"{i}.png" for i in range(5)))
     Image.new("L", (12, 10)).save(tmp_path / "cat" / "grey.png")

@@ -61,7 +61,7 @@ def test_the_name_says_which_of_two_models_of_one_shape_it_is(fetched):
         resolve("sret_t", "sret_t_unsliced")
 
 
-def test_files_of_the_authors_and_of_ours_are_told_apart_by_what_they_hold(official_file, tmp_path):
+def test_files_of_the_authors_and_ours_are_distinguished_by_their_content(official_file, tmp_path):
     assert resolve(official_file)[1].config == config_of("sret_t")
     assert resolve(official_file, "sret_t_unsliced")[1].config == config_of("sret_t_unsliced")
     ours = make_checkpoint(tmp_path / "ours.safetensors")

@@ -74,7 +74,7 @@ def test_balanced_epochs_are_a_function_of_seed_epoch_and_step():
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 
-def test_batches_that_cannot_be_are_refused():
+def test_impossible_batches_are_refused():
     with pytest.raises(InputError, match=r"batch_size 10 .* 3 processes.* multiple of 6"):
         EpochBatches(100, 10, 0, 0, 3)
     with pytest.raises(InputError, match=r"in 2 parts each: it must be a multiple of 8"):

@@ -54,7 +54,7 @@ def replayed(labels) -> SoftLabelDataset:
     return SoftLabelDataset(labels, load_data("digits"), GREY)
 
 
-def test_a_replayed_image_gets_the_answer_that_the_teacher_gives_to_it(replayed, teacher):
+def test_a_replayed_image_gets_the_teacher_s_prediction_for_it(replayed, teacher):
     """The online teacher, asked about what the student is shown, answers what was stored: exactly the crop."""
     from sret.checkpoints.card import load_weights
 

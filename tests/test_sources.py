@@ -173,7 +173,7 @@ def test_numbers_that_are_no_classes_are_refused(tmp_path, labels, message):
         load_data(str(write_plain_parquet(tmp_path / "a.parquet", labels)))
 
 
-def test_a_gap_in_the_numbers_is_told(tmp_path):
+def test_a_gap_in_the_numbers_gives_a_warning(tmp_path):
     path = write_plain_parquet(tmp_path / "a.parquet", [0, 4, 5])
     with pytest.warns(InputWarning, match="assuming 6 classes, of which 3 have no images"):
         assert len(load_data(str(path)).class_names) == 6
@@ -289,7 +289,7 @@ def test_the_only_split_of_a_hub_set_is_divided_unless_it_is_one_of_ours(hub):
         load_data("hf:some/set")
 
 
-def test_splits_that_are_not_used_are_told(hub):
+def test_unused_splits_give_a_warning(hub):
     hub["hf://datasets/some/set", None] = DatasetDict(train=table(range(4)), extra=table([0]))
     with pytest.warns(InputWarning, match="extra are not used"):
         assert sizes(load_data("hf:some/set")) == {"train": 4}
@@ -322,7 +322,7 @@ def test_a_hub_set_made_of_files_gives_their_paths(hub, tmp_path):
         (PermissionError(13, "Permission denied", "/home"), "Permission denied.*; HF_HOME sets"),
     ],
 )
-def test_what_the_hub_answers_is_one_line_that_says_what_would_work(hub, error, message):
+def test_errors_of_the_hub_are_one_line_that_says_what_would_work(hub, error, message):
     hub["hf://datasets/some/set", None] = error
     with pytest.raises(InputError, match=f"^hf:some/set: .*{message}") as caught:
         load_data("hf:some/set")
@@ -565,7 +565,7 @@ def test_a_folder_is_what_it_holds(tmp_path):
         ("/nowhere/at/all", "or with WebDataset .tar files"),
     ],
 )
-def test_a_name_that_is_no_data_is_answered_with_what_can_be_given(name, hint):
+def test_the_error_of_an_unknown_data_set_names_what_can_be_given(name, hint):
     with pytest.raises(InputError, match=r"give digits, cifar10, .* hf:owner/name .* \.parquet files") as caught:
         load_data(name)
     assert str(caught.value).endswith(hint)
@@ -650,7 +650,7 @@ def test_where_nothing_can_be_downloaded_the_place_is_named(tmp_path, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_files_of_torchvision_are_told(tmp_path):
+def test_damaged_files_of_torchvision_are_named(tmp_path):
     write_mnist(tmp_path / "sets", "MNIST")
     path = tmp_path / "sets" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:1000])

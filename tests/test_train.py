@@ -425,7 +425,7 @@ def test_a_named_variant_can_be_changed():
         ("mixup", -1.0),
     ],
 )
-def test_recipes_that_cannot_be_are_refused(field, value):
+def test_invalid_recipes_are_refused(field, value):
     with pytest.raises(InputError, match=f"{field} is {value}"):
         replace(RECIPE, **{field: value})
 

@@ -232,7 +232,7 @@ def test_weights_without_a_card_are_those_of_the_very_model(tmp_path):
     )
 
 
-def test_a_published_file_answers_the_same_on_any_scale(tmp_path):
+def test_a_published_file_gives_equal_outputs_on_any_scale(tmp_path):
     """The authors' steps are of 1, whatever the scale of the model that takes their weights."""
     torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "SReT_T.pth")
     image = torch.randn(1, 3, 64, 64)
@@ -244,17 +244,17 @@ def test_a_published_file_answers_the_same_on_any_scale(tmp_path):
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_folder_is_answered_with_the_file_in_it(tmp_path):
+def test_the_error_of_a_folder_names_the_file_in_it(tmp_path):
     with pytest.raises(InputError, match=r"is a folder.*best\.safetensors"):
         read_source(tmp_path, deep(4))
 
 
-def test_an_exported_model_is_answered_with_what_it_was_made_of(tmp_path):
+def test_the_error_of_an_exported_model_names_its_source(tmp_path):
     with pytest.raises(InputError, match=r"model\.onnx is an exported model, .* use the weights it was exported from"):
         read_source(tmp_path / "model.onnx", deep(4))
 
 
-def test_the_state_of_a_run_is_answered_with_the_weights_beside_it(tmp_path):
+def test_the_error_of_a_state_names_the_weights_beside_it(tmp_path):
     torch.save({"model": SReT(deep(4)).state_dict(), "step": 3}, tmp_path / "state.pt")
     with pytest.raises(InputError, match=r"state\.pt has weights of sret, .* use a run's best\.safetensors"):
         read_source(tmp_path / "state.pt", deep(4))

@@ -102,7 +102,7 @@ def test_features_only():
     assert len(two(torch.randn(1, 3, 64, 64))) == 2
 
 
-def test_a_wrong_name_or_tag_is_answered_with_the_nearest():
+def test_the_error_of_a_wrong_name_or_tag_names_the_nearest():
     with pytest.raises(InputError, match=r"unknown model 'sret_tt'.*did you mean 'sret_t'"):
         config_of("sret_tt")
     with pytest.raises(InputError, match=r"sret_s has no weights tagged 'dist_in1k'.*it has in1k"):

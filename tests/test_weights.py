@@ -72,7 +72,7 @@ def test_ours_to_official_to_ours_is_exact(config):
 
 
 @pytest.mark.parametrize("name", ["SReT_T", "SReT_T_wo_slice"])
-def test_converted_weights_answer_as_the_formula_on_the_authors_keys(name):
+def test_converted_weights_give_the_outputs_of_the_formula_on_the_authors_keys(name):
     config = config_of(NAMES[name])
     official = official_state_dict(name)
     model = SReT(config).eval()
@@ -138,7 +138,7 @@ def test_the_name_tells_sliced_from_unsliced(official_t, hint, variant):
         assert weights.identify(official_t, hint) == variant
 
 
-def test_an_untold_variant_is_guessed_with_a_warning(official_t):
+def test_an_unnamed_variant_is_guessed_with_a_warning(official_t):
     with pytest.warns(UserWarning, match="as sret_t, .* sret_t_unsliced"):
         assert weights.identify(official_t, "checkpoint.pth") == "sret_t"
 

@@ -68,8 +68,8 @@ def predict(
     model: SReT | Exported,
     card: Card,
     paths: Sequence[Path],
-    top_k: int = 5,
-    batch_size: int = 1,
+    top_k: int = 3,
+    batch_size: int = 16,
     num_workers: int = 0,
 ) -> Iterator[Prediction]:
     """Predicts the classes of image files: one prediction per path, in the same order.
