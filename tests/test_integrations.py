@@ -1,8 +1,7 @@
-"""Other libraries take the models as they are. Each test needs its library: pip install -e '.[integrations]'."""
+"""Other libraries take the models as they are. Each is imported by its test, because some take seconds."""
 
 import copy
 
-import pytest
 import timm
 import torch
 from conftest import small_config
@@ -37,7 +36,8 @@ def test_accelerate_saves_and_repeats_the_permutations_of_training(tmp_path):
 
 
 def test_peft_adds_and_merges_lora():
-    peft = pytest.importorskip("peft", exc_type=ImportError)
+    import peft
+
     model = SReT(small_config()).eval()
     with torch.no_grad():
         before = model(IMAGES)
@@ -57,7 +57,8 @@ def test_peft_adds_and_merges_lora():
 
 
 def test_torchao_quantizes_the_weights():
-    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    from torchao import quantization
+
     model = SReT(small_config()).eval()
     with torch.no_grad():
         before = model(IMAGES)
@@ -69,7 +70,7 @@ def test_torchao_quantizes_the_weights():
 
 
 def test_lightning_trains(tmp_path):
-    lightning = pytest.importorskip("lightning", exc_type=ImportError)
+    import lightning
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
@@ -97,7 +98,8 @@ def test_lightning_trains(tmp_path):
 
 
 def test_captum_attributes_a_prediction_to_pixels():
-    attr = pytest.importorskip("captum.attr", exc_type=ImportError)
+    from captum import attr
+
     model = SReT(small_config()).double().eval()
     x, target = IMAGES[:1].double(), 3
     method = attr.IntegratedGradients(model)
@@ -111,7 +113,8 @@ def test_captum_attributes_a_prediction_to_pixels():
 
 
 def test_a_unet_trains_on_the_maps_of_a_model():
-    smp = pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+    import segmentation_models_pytorch as smp
+
     sret.registry.register("sret_t_stem", "sret_t", stem_features=True)
     try:
         net = smp.Unet("tu-sret_t_stem", encoder_weights=None, classes=2)
