@@ -19,12 +19,13 @@ demo: .venv/ready
 	@echo
 	@echo "Files in $(RUN):" && ls "$(RUN)"
 
-# The fast tests; test-all also runs those marked slow. The processes share the cores, so each uses one thread.
+# The fast tests; test-all also runs those marked slow. The processes share the cores, so each uses one thread; in
+# test-all the tests of a file stay in one process, because some share runs that take a minute.
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: .venv/ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=20
 
 lint: .venv/ready
 	$(BIN)/ruff check

@@ -27,7 +27,7 @@ from sret.training.run_dir import BEST, LAST, STATE
 
 HERE = Path(__file__).parent
 # One group, so that xdist runs `runs` once.
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_report"), pytest.mark.xdist_group("two processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_report")]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ON_CPUS = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
