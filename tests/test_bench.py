@@ -426,6 +426,18 @@ def test_the_report_is_computed_from_the_times():
     assert training[0]["percent_of_peak"] == pytest.approx(3 * a["percent_of_peak"])
 
 
+def test_on_a_gpu_the_report_says_which_kernels_a_model_uses():
+    sources = {"ours": SReT(small_config()), "theirs": timm.create_model("resnet10t")}
+    subjects = {n: make_subject(n, model, 1, (64, 64), torch.device("cpu")) for n, model in sources.items()}
+    paths = runner.gpu_paths(subjects)
+    assert list(paths) == ["ours"]
+    about = {"batch_size": 1, "mode": "inference", "peak_gflops": {"float32": 1}, "gpu_paths": paths}
+    row = Row("ours", "eager", "float32", "64x64", 0.1, 0.0, (1.0, 1.0))
+    report = Report(about, (row,), ())
+    assert report.to_text().splitlines()[-1] == f"ours: {paths['ours']}"
+    assert "SRET_TRITON=1" in json.loads(report.to_json())["gpu_paths"]["ours"]
+
+
 def test_the_table_has_the_numbers_of_the_line_of_json(command):
     line = ("sret_t", "resnet10t", "resnet10t", "--img-size", 32, "--batch-size", 1, "--rounds", 2)
     code, out, err = command(*line, "--engines", "eager,fused")

@@ -76,12 +76,14 @@ class Report:
     def to_text(self) -> str:
         """The conditions, the table, the meaning of its columns, and what was left out."""
         about = self.about | {"peak_gflops": " and ".join(f"{v} in {k}" for k, v in self.about["peak_gflops"].items())}
+        paths = [f"{name}: {path}" for name, path in about.pop("gpu_paths", {}).items()]
         conditions = textwrap.fill(", ".join(f"{name} {value}" for name, value in about.items()), 100)
         console = Console(width=200, color_system=None, highlight=False, markup=False)
         with console.capture() as table:
             console.print(self._table())
         lines = "\n".join(line.rstrip() for line in table.get().splitlines())
-        return "\n".join([conditions, "", lines, "", LEGEND, *(f"left out: {reason}" for reason in self.left_out)])
+        notes = [*paths, *(f"left out: {reason}" for reason in self.left_out)]
+        return "\n".join([conditions, "", lines, "", LEGEND, *notes])
 
     def _table(self) -> Table:
         rows = self.values()

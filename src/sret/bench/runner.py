@@ -15,6 +15,8 @@ from sret.bench.report import Report, Row
 from sret.bench.timing import alternate, roofline
 from sret.errors import InputError, first_line
 from sret.export.runtime import Exported
+from sret.layers.gpu_path import gpu_path
+from sret.models.sret import SReT
 from sret.ranges import PositiveInt, check_fields
 from sret.version import device_name, versions
 
@@ -83,8 +85,14 @@ def bench(
         "batch_size": settings.batch_size,
         "rounds": settings.rounds,
         "peak_gflops": {dtype: round(peak / 1e9) for dtype, peak in peaks.items()},
+        **({"gpu_paths": gpu_paths(subjects)} if device.type == "cuda" else {}),
     }
     return Report(about, rows, tuple(left_out))
+
+
+def gpu_paths(subjects: Mapping[str, Subject]) -> dict[str, str]:
+    """By model of sret: which kernels it uses on a GPU, and why."""
+    return {name: gpu_path(subject.model) for name, subject in subjects.items() if isinstance(subject.model, SReT)}
 
 
 def _build(
