@@ -490,16 +490,6 @@ def test_the_moving_average_is_evaluated_kept_and_resumed(tmp_path):
     assert all(torch.equal(last[key], tensor) for key, tensor in weights(tmp_path / "run").items())
 
 
-def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss():
-    def row(top1: float, loss: float, kind: str = "val") -> dict[str, float]:
-        return {f"{kind}_top1": top1, f"{kind}_loss": loss}
-
-    rows = [row(50.0, 1.0), row(60.0, 3.0), row(60.0, 2.0)]
-    assert max(rows, key=selection_key) is rows[2]
-    rows = [row(60.0, 1.0) | row(40.0, 1.0, "ema"), row(50.0, 1.0) | row(41.0, 2.0, "ema")]
-    assert max(rows, key=selection_key) is rows[1]
-
-
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     recipe = replace(RECIPE, epochs=9, learning_rate=1e-12, freeze=("stem",), patience=2)
