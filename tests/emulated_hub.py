@@ -73,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, parts = self.server.hub, self.path.partition("?")[0].split("/")
+        if len(parts) < 3:  # is there a hub?
+            return self._reply(200, b"")
         if parts[1:3] == ["api", "models"]:
             repo = "/".join(parts[3:5])
             known = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.repos.get(repo, {})]}

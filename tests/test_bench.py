@@ -363,7 +363,7 @@ def test_too_large_a_batch_is_one_line_with_advice(words):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "missing models"),
+        ([], "missing MODEL"),
         (["sret_tt"], "no model 'sret_tt': give a model of timm or a weights file; did you mean 'sret_t'?"),
         (["gone.safetensors"], "gone.safetensors: no such file"),
         (["sret_t:permutation=stridid"], "permutation is 'stridid'; it must be one of random, strided"),

@@ -18,6 +18,7 @@ from test_weights import Evil, official_state_dict
 
 from sret import SReT
 from sret.checkpoints import official as weights
+from sret.checkpoints.adapt import transfer_file
 from sret.checkpoints.card import Card, load_weights, save_weights
 from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
@@ -89,7 +90,7 @@ def test_a_second_run_into_the_same_folder_needs_to_say_so(run_folder, sret):
     assert "it is finished: choose another --out" in err
     code, out, _ = sret("train", "--config", DIGITS, "--out", run_folder, *SMALL, "--resume", "auto")
     assert code == 0
-    assert "Best validation accuracy" in out
+    assert out.splitlines()[-1].endswith(f"weights in {run_folder}/best.safetensors, report in {run_folder}/report.png")
     assert (run_folder / "best.safetensors").read_bytes() == before
 
 
@@ -128,13 +129,18 @@ def one_line(err: str) -> str:
         ([], "give a command: train, soft-labels, eval, predict, features, bench, info, convert"),
         (["info", "sret_tt"], "unknown model 'sret_tt'"),
         (["info", "sret_t", "--img_size", "8"], "stage 1 at 8x8 pixels"),
-        (["info", "--img-sise", "8"], "unknown option 'img_sise'; did you mean 'img_size'?"),
-        (["train", "--config", DIGITS], "missing out"),
+        (["info", "--img-sise", "8"], "unknown option '--img_sise'; did you mean '--img_size'?"),
+        (["train", "--config", DIGITS], "missing --out"),
+        (["export", "x"], "missing OUT"),
+        (["info", "sret_t", "sret_s"], "unexpected argument 'sret_s'"),
         (["train", "--config", "none.yaml", "--out", "x"], "none.yaml"),
         (["train", "--out", "x"], "no model; give a recipe (--config FILE), or the name of a model (--model sret_t)"),
         (["train", "--out", "x", "--model", "null"], "no model; give a recipe"),
         (["train", "--out", "x", "--config", DIGITS, "--batch_size", "5000"], "use at most 1222, for example 152"),
-        (["train", "--config", DIGITS, "--out", "x", "--epoch", "3"], "unknown option 'epoch'; did you mean 'epochs'?"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--epoch", "3"],
+            "unknown option '--epoch'; did you mean '--epochs'?",
+        ),
         (
             ["train", "--config", DIGITS, "--out", "x", "--epochs", "many"],
             "epochs: must be a whole number > 0; given many",
@@ -146,8 +152,8 @@ def one_line(err: str) -> str:
             ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"],
             "model has stages and also the name 'sret_t'",
         ),
-        (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean 'model.img_size'?"),
-        (["train", "--config", DIGITS, "--out", "x", "--grad-checkpointing"], "did you mean 'model.memory'?"),
+        (["train", "--config", DIGITS, "--out", "x", "--img_size", "64"], "did you mean '--model.img_size'?"),
+        (["train", "--config", DIGITS, "--out", "x", "--grad-checkpointing"], "did you mean '--model.memory'?"),
         (["train", "--config", DIGITS, "--out", "x", "--data", "nowhere"], "no data 'nowhere'"),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_classes", "9"], "set model.num_classes to 10"),
         (
@@ -162,17 +168,20 @@ def one_line(err: str) -> str:
             ["train", "--config", DIGITS, "--out", "x", "--label_smoothing", "1"],
             "must be a number >= 0 and < 1; given 1",
         ),
-        (["train", "--config", DIGITS, "--out", "x", "--flip", "no"], "did you mean 'augmentation.flip'?"),
+        (["train", "--config", DIGITS, "--out", "x", "--flip", "no"], "did you mean '--augmentation.flip'?"),
         (["--help-me"], "unknown option '--help-me'"),
-        (["--versoin"], "did you mean 'version'?"),
-        (["export", "sret_t", "x.onnx", "--image_size", "64"], "did you mean 'img_size'?"),
+        (["--versoin"], "did you mean '--version'?"),
+        (["export", "sret_t", "x.onnx", "--image_size", "64"], "did you mean '--img_size'?"),
         (["eval", "--checkpoint", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["predict", "a.png"], "missing checkpoint"),
+        (["predict", "a.png"], "missing --checkpoint"),
         (["predict", "a.png", "--checkpoint", "x", "--top_k", "-1"], "top_k"),
         (["eval", "--checkpoint", "x", "--num-workers", "-1"], "num_workers"),
         (["info", "sret_t_unsliced", "--img_size", "-224"], "both sides must be at least 1"),
         (["train", "--config", str(ROOT / "examples/digits/two.png"), "--out", "x"], "the recipe is not a text file"),
-        (["train", "--config", DIGITS, "--out", "x", "--init", "gone.safetensors"], "gone.safetensors: no such file"),
+        (
+            ["train", "--config", DIGITS, "--out", "x", "--data", "nowhere", "--init", "gone.safetensors"],
+            "gone.safetensors: no such file",  # before the data are read
+        ),
         (["convert", "sret_tt", "x.safetensors"], "did you mean 'sret_t'?"),
         (["convert", "sret_s.dist", "x.safetensors"], "sret_s has no weights tagged 'dist'"),
         (["convert", "gone.pth", "x.safetensors"], "gone.pth: no such file"),
@@ -219,7 +228,7 @@ def test_weights_to_start_from_are_read_as_carefully(content, sret, tmp_path):
         torch.save({"model": {}, "args": Evil()}, path)
     code, _, err = sret("train", "--config", DIGITS, "--out", tmp_path / "x", "--init", path)
     assert code == 2
-    foreign = "init.safetensors: the weights of stage 1 are for 1 block(s) of width 16"
+    foreign = "init.safetensors: the weights of stage 1 are for 1 block of width 16"
     assert {"cut": "truncated", "foreign": foreign, "evil": "refused"}[content] in one_line(err)
     assert not (tmp_path / "x").exists()
 
@@ -390,6 +399,24 @@ def test_convert_reads_the_authors_files_and_writes_them(sret, tmp_path):
     assert "It fits sret_t or sret_t_unsliced" in one_line(err)
 
 
+def test_a_model_of_ones_own_is_converted_to_the_authors_format_and_back(sret, tmp_path):
+    ours = make_checkpoint(tmp_path / "ours.safetensors", class_names=tuple("abcdefghij"), training={"step": 3})
+    pth, back = tmp_path / "ours.pth", tmp_path / "back.safetensors"
+    assert sret("convert", ours, pth)[0] == 0
+    assert sret("convert", pth, back)[::2] == (0, "")
+    (model, card), (expected, expected_card) = load_weights(back), load_weights(ours)
+    assert card == expected_card
+    for other in (model, weights.load_official(pth)):
+        assert all(torch.equal(other.state_dict()[key], value) for key, value in expected.state_dict().items())
+    assert transfer_file(SReT(card.config), pth)[0].startswith("stage 1: 1 block reused")
+    content = torch.load(pth)
+    content["model"].popitem()
+    torch.save(content, pth)
+    code, _, err = sret("convert", pth, tmp_path / "damaged.safetensors")
+    assert code == 2
+    assert f"{pth}: the checkpoint does not fit this model: missing head.bias" in one_line(err)
+
+
 def test_convert_warns_of_a_guess_and_refuses_code(sret, tmp_path):
     torch.save({"model": official_state_dict("SReT_T")}, tmp_path / "checkpoint.pth")
     code, _, err = sret("convert", tmp_path / "checkpoint.pth", tmp_path / "a.safetensors")
@@ -417,7 +444,18 @@ def test_info_lists_all_and_details_one(sret, tmp_path):
     assert "On a GPU: PyTorch's kernels: the Triton kernels are off; SRET_TRITON=1 turns them on" in out
     code, out, _ = sret("info", make_checkpoint(tmp_path / "m.safetensors"))
     assert code == 0
+    assert "Classes: 10: without names\n" in out
     assert f"{sum(t.numel() for t in SReT(small_config()).parameters()):,} parameters" in out
+
+
+def test_info_of_a_file_shows_its_classes_and_how_it_prepares_images(sret, tmp_path):
+    names = tuple(f"[b]class {k}" for k in range(12))
+    path = make_checkpoint(tmp_path / "m.safetensors", small_config(num_classes=12, in_chans=1), names)
+    *_, classes, images = sret("info", path)[1].splitlines()
+    assert classes == f"Classes: 12: {'; '.join(names[:10])} and 2 more"
+    assert images == (
+        "Images: grey, 64x64 pixels, bicubic, the central 100 % of each side; in 0..1, mean [0.5], std [0.5]"
+    )
 
 
 def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
@@ -436,7 +474,7 @@ def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
         (["--help"], 0, "soft-labels  write a teacher's predictions"),
         (["--version"], 0, "sret 0.1.0\n"),
         (["trian"], 2, "did you mean 'train'?"),
-        (["train", "--epoch", "3"], 2, "did you mean 'epochs'?"),
+        (["train", "--epoch", "3"], 2, "did you mean '--epochs'?"),
         (["train", "--help"], 0, "--augmentation.min_scale"),
         *[([name, "--help"], 0, f"usage: sret {name} ") for name in list(cli.COMMANDS)[1:]],
     ],

@@ -257,5 +257,5 @@ def test_channels_and_crop_are_read_off_the_images():
     assert of(Image.new("RGB", (9, 8))).crop_pct == 0.875
     with pytest.raises(InputError, match="its all split has no images"):
         of()
-    with pytest.raises(InputError, match=r"label\(s\) 1 .* 1 classes"):
+    with pytest.raises(InputError, match=r"label 1 .* 1 classes"):
         ImageData.of("x", {"all": Samples([grey], [1])}, ["a"])

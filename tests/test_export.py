@@ -381,7 +381,7 @@ def test_an_impossible_export_gives_one_line(arguments, message, exports, tmp_pa
     assert listing(tmp_path) == ["pets"]
 
 
-def test_images_that_cannot_be_read_stop_it(tmp_path, sret):  # noqa: F811
+def test_images_that_cannot_be_read_stop_it_unless_as_many_may_be_skipped(tmp_path, sret):  # noqa: F811
     folder = make_folder(tmp_path / "pets", {"cat": 9, "dog": 9})
     weights = make_checkpoint(tmp_path / "two.safetensors", one_stage(num_classes=2), ("cat", "dog"))
     for image in folder.glob("cat/*"):
@@ -391,6 +391,16 @@ def test_images_that_cannot_be_read_stop_it(tmp_path, sret):  # noqa: F811
         assert code == 2
         assert "not an image that can be read" in one_line(err)
     assert listing(tmp_path) == ["pets", "two.safetensors"]
+    options = ["--data", folder, "--dtype", "int8", "--max_corrupt", 18]
+    code, out, err = sret("export", weights, tmp_path / "m.onnx", *options)
+    assert code == 0
+    assert "parity on 2 images of" in out  # the dogs among 4 test images
+    assert err.count("skipped (") == 8  # 2 for the comparison, 6 for the calibration; 1 is for validation
+    for image in folder.glob("dog/*"):
+        image.write_text("no image")
+    code, _, err = sret("export", weights, tmp_path / "none.onnx", *options)
+    assert code == 2
+    assert "none of the images" in err
 
 
 def test_weights_beyond_what_onnx_can_hold_are_refused(tmp_path, monkeypatch):

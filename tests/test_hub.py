@@ -159,6 +159,9 @@ def test_results_of_eval_replace_the_validation_accuracy(checkpoint, sret, tmp_p
     assert r"| a\|b\\n\*c\* | test | 200 | 80.50 | 74.5 to 85.4 |  |" in text
     assert r"| all | 1,000 | 80.50 | 77.9 to 82.8 |  |" in text
     assert "90.00" not in text
+    code, _, err = sret("push", checkpoint, "me/pets", "--results", tmp_path / "gone.json")
+    assert code == 2
+    assert err.startswith(f"sret: error: {tmp_path}/gone.json: no such file; --results takes files with the output of ")
     (tmp_path / "test.json").write_text("[]")
     code, _, err = sret("push", checkpoint, "me/pets", *results, "--out", tmp_path / "again")
     assert code == 2
@@ -187,15 +190,46 @@ def test_what_the_hub_refuses_is_one_line(hub, checkpoint, sret):
         assert "write owner/name" in sret("push", checkpoint, name)[2]
 
 
-def test_without_a_network_a_file_is_advised(sret, monkeypatch, tmp_path):
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         use_hub(monkeypatch, f"http://127.0.0.1:{taken.getsockname()[1]}", tmp_path / "cache")
-        monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts
-        code, _, err = sret("info", "hf-hub:me/pets")
-    assert code == 2
-    assert "without a network, give a weights file" in err
+        yield
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["info", "hf-hub:me/pets"], "hf-hub:me/pets: no connection to 127.0.0.1; give the path of a weights file"),
+        (["push", "CHECKPOINT", "me/pets"], "me/pets: no connection to 127.0.0.1; --out FOLDER writes the files"),
+        (
+            ["train", "--model", "sret_t", "--data", "hf:me/pets", "--out", "x"],
+            "hf:me/pets: no connection to 127.0.0.1; give a folder with the parquet files",
+        ),
+        (
+            ["soft-labels", "--data", "digits", "--teacher", "hf-hub:me/pets", "--out", "x"],
+            "could not load the teacher hf-hub:me/pets: no connection to 127.0.0.1; teacher_weights",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_network_one_line_comes_soon(arguments, advice, checkpoint, sret, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    code, out, err = sret(*(checkpoint if argument == "CHECKPOINT" else argument for argument in arguments))
+    assert time.monotonic() - started < 15  # the hub's client would wait for 23 s between its tries
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sret: error: {advice}")
     assert err.count("\n") == 1
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_without_a_network_a_downloaded_model_is_read_from_the_cache(hub, checkpoint, sret, monkeypatch):
+    assert sret("push", checkpoint, "me/pets")[0] == 0
+    assert sret("info", "hf-hub:me/pets")[0] == 0
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert sret("info", "hf-hub:me/pets")[0] == 0
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

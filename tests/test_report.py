@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from sret import InputError
 from sret.data.dataset import ImageData, Samples
 from sret.data.loading import UNREADABLE
 from sret.data.preprocess import Preprocessing
+from sret.inference.drawing import draw_losses
 from sret.inference.evaluate import Evaluation, Metrics, Predictions
 from sret.inference.png_report import write_png
 from sret.inference.report import write_report
@@ -56,7 +58,7 @@ def test_calibration_is_the_accuracy_of_each_tenth_of_confidence():
 
 @pytest.mark.parametrize(("num_classes", "suffix"), [(3, "html"), (40, "html"), (3, "png"), (40, "png")])
 def test_a_page_shows_names_safely_and_the_worst_mistake(tmp_path, num_classes, suffix):
-    names = ("<b>cat</b>", *(f"class {k}" for k in range(1, num_classes)))
+    names = ("<b>cat</b>", *(f"my_class {k}" for k in range(1, num_classes)))
     labels = torch.arange(60) % num_classes
     paths = [tmp_path / f"image {i}.png" for i in range(60)]
     for i, path in enumerate(paths):
@@ -73,10 +75,22 @@ def test_a_page_shows_names_safely_and_the_worst_mistake(tmp_path, num_classes, 
         page = out.read_text()
         assert "<b>cat" not in page
         assert "&lt;b&gt;cat" in page
+        assert "my_<wbr>class 1" in page  # where a name may break on a narrow screen
+        assert '<meta name="viewport" content="width=device-width' in page
         first_mistake = page.index("image 59.png")
         assert all(page.index(f"image {i}.png") >= first_mistake for i in (56, 58) if f"image {i}.png" in page)
     with pytest.raises(InputError, match=r"\.html or \.png"):
         write_report(tmp_path / "page.pdf", evaluation, RGB)
+
+
+@pytest.mark.parametrize("losses", [(1.44, 1.52), (0.9, 2.3), (0.02, 3.0)])
+def test_losses_have_ticks_that_are_plain_numbers(losses):
+    figure, axes = plt.subplots()
+    draw_losses(axes, [{"epoch": k, "train_loss": loss} for k, loss in enumerate(losses)])
+    figure.canvas.draw()
+    labels = [label.get_text() for which in ("major", "minor") for label in axes.get_yticklabels(which=which)]
+    assert sum(losses[0] <= float(label) <= losses[1] for label in labels if label) >= 2
+    plt.close(figure)
 
 
 def test_the_page_of_a_run_has_its_curves_too(tmp_path):

@@ -17,6 +17,8 @@ from test_variants import NAMES
 import sret
 from sret import InputError, SReT
 from sret.checkpoints import official as weights
+from sret.checkpoints.download import drive_url
+from sret.checkpoints.resolve import resolve
 from sret.errors import InputWarning
 from sret.layers import replay
 from sret.models.variants import RELEASES, config_of
@@ -240,9 +242,27 @@ def test_pretrained_fetches_from_drive_once(drive, file_t, official_t, tmp_path)
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(drive, tmp_path):
     drive(b"<html>Quota exceeded</html>")
-    with pytest.raises(InputError, match=r"could not download sret_t.in1k from https://drive.*load_official\(FILE\)"):
+    with pytest.raises(InputError, match=r"could not download sret_t.in1k: .*; download https://drive.* in a browser"):
         timm.create_model("sret_t", pretrained=True)
     assert not list((tmp_path / "hub/checkpoints/sret").iterdir())
+
+
+def test_a_download_without_a_connection_names_the_host_and_no_more(drive, monkeypatch, tmp_path):
+    import gdown
+    import requests
+
+    def download(**_: object) -> None:
+        requests.get("http://127.0.0.1:1")  # nobody listens
+
+    drive(b"")
+    monkeypatch.setattr(gdown, "download", download)
+    with pytest.raises(InputError) as error:
+        resolve("sret_t")
+    url, path = drive_url(RELEASES["sret_t.in1k"].drive_id), tmp_path / "hub/checkpoints/sret/sret_t.in1k.pth"
+    assert str(error.value) == (
+        f"could not download sret_t.in1k: no connection to drive.google.com; download {url} in a browser, and give the "
+        f"file's path instead of the name, or move it to {path}"
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])

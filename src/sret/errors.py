@@ -31,10 +31,19 @@ def printable(text: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
+def did_you_mean(name: str, choices: Iterable[str], prefix: str = "") -> str:
+    """`"; did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close.
+
+    Args:
+        prefix: written before the choice, such as the dashes of an option.
+    """
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def plural(noun: str, count: int) -> str:
+    """The noun, with an s unless it counts one."""
+    return noun if count == 1 else f"{noun}s"
 
 
 def first_few(phrases: Sequence[str], limit: int = 5) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sret.checkpoints.card import METADATA_KEY, read_card
+from sret.checkpoints.card import METADATA_KEY, load_converted, read_card
 from sret.checkpoints.files import ENGINES, StateDict, read_safetensors
 from sret.checkpoints.official import (
     check_fit,
@@ -31,7 +31,7 @@ from sret.checkpoints.official import (
     read_official,
 )
 from sret.checkpoints.resolve import find_file
-from sret.errors import InputError, error_prefix
+from sret.errors import InputError, error_prefix, plural
 from sret.models.config import ModelConfig, StageConfig
 from sret.models.sret import SReT
 from sret.models.variants import PUBLISHED, config_of
@@ -41,13 +41,8 @@ _COEFFICIENTS = ("alpha", "beta")
 _SECOND_LAYER = ("branch.fc2.weight", "branch.fc2.bias")
 
 
-def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
-    """The weights of a file (ours or the authors') or of a published name, as our state dict, and their configuration.
-
-    `config`, that of the target model, is used if the file has none: a safetensors file without our metadata, or one
-    that was trained with the authors' code and fits no published model.
-    Raises `InputError` if the file cannot be read safely, or holds no weights of a model.
-    """
+def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """`find_file` for weights to start from. Raises `InputError` also for a folder and for an exported model."""
     if Path(source).is_dir():
         best = Path(source) / "best.safetensors"
         raise InputError(f"{source} is a folder; give a weights file in it, such as {best}")
@@ -55,7 +50,17 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
         raise InputError(
             f"{source} is an exported model, which is for inference only; use the weights it was exported from"
         )
-    path, variant = find_file(source)
+    return find_file(source)
+
+
+def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
+    """The weights of a file (ours or the authors') or of a published name, as our state dict, and their configuration.
+
+    `config`, that of the target model, is used if the file has none: a safetensors file without our metadata, or one
+    that was trained with the authors' code and fits no published model.
+    Raises `InputError` if the file cannot be read safely, or holds no weights of a model.
+    """
+    path, variant = find_source(source)
     if path.suffix == ".safetensors":
         state_dict, metadata = read_safetensors(path)
         if METADATA_KEY not in metadata:
@@ -64,6 +69,8 @@ def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[St
         card = read_card(path, metadata[METADATA_KEY])
         card.check_unfused(path)
         return state_dict, card.config
+    if (converted := load_converted(path)) is not None:
+        return converted[0].state_dict(), converted[1].config
     official, _ = read_official(path)
     if "stem.conv1.weight" in official:
         raise InputError(
@@ -152,7 +159,8 @@ def _check_models(source: ModelConfig, target: ModelConfig) -> None:
 
 def _blocks(stage: StageConfig) -> str:
     """What must be equal; weights for another number of heads would fit, but compute another function."""
-    return f"{stage.num_blocks} block(s) of width {stage.embed_dim} and {stage.num_heads} head(s)"
+    blocks, heads = plural("block", stage.num_blocks), plural("head", stage.num_heads)
+    return f"{stage.num_blocks} {blocks} of width {stage.embed_dim} and {stage.num_heads} {heads}"
 
 
 def _is_learned(key: str, value: Tensor) -> bool:
@@ -181,7 +189,7 @@ def _hidden_dim(stage: StageConfig) -> int:
 def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
     lines = []
     for i, (before, after) in enumerate(zip(source.stages, target.stages, strict=True)):
-        passes = f"stage {i + 1}: {after.num_blocks} block(s) reused"
+        passes = f"stage {i + 1}: {after.num_blocks} {plural('block', after.num_blocks)} reused"
         if before.num_passes != after.num_passes:
             length = before.num_passes / after.num_passes
             passes += f", {before.num_passes} passes become {after.num_passes} of length {length:.3g}"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sret.checkpoints.files import CHECKSUM_KEY, checksum, read_safetensors
-from sret.checkpoints.official import check_fit, load_strictly
+from sret.checkpoints.files import CHECKSUM_KEY, checksum, read_pickle, read_safetensors
+from sret.checkpoints.official import check_fit, from_official, load_strictly, read_official
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, error_prefix, first_few
 from sret.files import write_atomically
@@ -133,12 +133,33 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:
         _check_fit(card, state_dict)
         model = _build(card)
         load_strictly(model, state_dict)
+    return _with_cfg(model, card), card
+
+
+def load_converted(path: str | os.PathLike[str]) -> tuple[SReT, Card] | None:
+    """As `load_weights`, for a file in the authors' format that `sret convert` wrote; None for the authors' own files.
+
+    Raises `InputError` for a file that is missing, damaged, or would run code.
+    """
+    text = read_pickle(path).get(METADATA_KEY)
+    if not isinstance(text, str):
+        return None
+    card, (official, _) = read_card(path, text), read_official(path)
+    with error_prefix(path):
+        _check_blocks(card, official)
+        model = SReT(card.config)
+        load_strictly(model, from_official(official, card.config))
+    return _with_cfg(model, card), card
+
+
+def _with_cfg(model: SReT, card: Card) -> SReT:
+    """The model in evaluation mode, with the card's preprocessing and class names as its `pretrained_cfg`."""
     preprocessing = card.preprocessing
     cfg = timm_cfg(
         card.config, preprocessing.mean, preprocessing.std, preprocessing.crop_pct, preprocessing.interpolation
     )
     model.pretrained_cfg = model.default_cfg = {**cfg, "label_names": card.class_names or None}
-    return model.eval(), card
+    return model.eval()
 
 
 def _build(card: Card) -> SReT:
@@ -147,11 +168,16 @@ def _build(card: Card) -> SReT:
 
 def _check_fit(card: Card, state_dict: dict[str, Tensor]) -> None:
     """Raises `InputError` if the weights are not those of the card's model, before building it takes memory or time."""
+    _check_blocks(card, state_dict)
+    with torch.device("meta"):
+        check_fit(state_dict, _build(card))
+
+
+def _check_blocks(card: Card, state_dict: dict[str, Tensor]) -> None:
+    """Raises `InputError` if the card has far more blocks than there are tensors."""
     blocks = sum(stage.num_blocks for stage in card.config.stages)
     if blocks > 100 + len(state_dict):  # a block takes 5 ms to build, even without memory
         raise InputError(f"the weights do not fit the model: {blocks:,} blocks, but only {len(state_dict):,} tensors")
-    with torch.device("meta"):
-        check_fit(state_dict, _build(card))
 
 
 def read_card(path: str | os.PathLike[str], text: str) -> Card:

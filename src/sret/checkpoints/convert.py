@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sret.checkpoints.card import save_weights
+from sret.checkpoints.card import METADATA_KEY, save_weights
 from sret.checkpoints.official import to_official
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError
@@ -30,7 +30,9 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
     if target.suffix == ".pth":
         card.check_unfused(source)
         buffer = io.BytesIO()
-        torch.save({"model": to_official(model.state_dict(), card.config)}, buffer)
+        # The authors' code reads only "model"; the card lets sret read any model back, not only the published ones.
+        content = {"model": to_official(model.state_dict(), card.config), METADATA_KEY: card.to_json()}
+        torch.save(content, buffer)
         write_atomically(target, buffer.getvalue())
     else:
         save_weights(target, model.state_dict(), card)

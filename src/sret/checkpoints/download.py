@@ -1,6 +1,8 @@
 """Downloads published checkpoints from the authors' public Drive ids, once."""
 
+import textwrap
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -8,6 +10,7 @@ from sret.checkpoints.files import read_pickle
 from sret.errors import InputError
 from sret.files import replacing
 from sret.models.variants import RELEASES
+from sret.network import is_unreachable
 
 
 def drive_url(drive_id: str) -> str:
@@ -42,8 +45,10 @@ def fetch(url: str) -> Path:
             gdown.download(url=url, output=str(partial), quiet=False)
             read_pickle(partial)  # when a quota is exceeded, Drive sends a web page: do not cache that
     except Exception as error:
+        host = urlsplit(url).hostname
+        reason = f"no connection to {host}" if is_unreachable(error) else textwrap.shorten(str(error), 200)
         raise InputError(
-            f"could not download {name} from {url} ({error}); open this address in a browser, and move the file to "
-            f"{path}, or use sret.load_official(FILE)"
+            f"could not download {name}: {reason.rstrip('.')}; download {url} in a browser, and give the file's path "
+            f"instead of the name, or move it to {path}"
         ) from error
     return path

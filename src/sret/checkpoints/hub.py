@@ -22,6 +22,7 @@ from sret.checkpoints.model_card import Result, model_card
 from sret.errors import InputError
 from sret.models.sret import SReT
 from sret.models.variants import architecture_of
+from sret.network import hub_cache_if_unreachable, hub_host, is_unreachable
 
 PREFIX = "hf-hub:"
 WEIGHTS, CONFIG, README = "model.safetensors", "config.json", "README.md"
@@ -39,7 +40,7 @@ def fetch_hub(source: str | os.PathLike[str]) -> Path:
     """
     name = os.fspath(source)
     repo, _, revision = name.removeprefix(PREFIX).partition("@")
-    with _explained(name):
+    with _explained(name, "give the path of a weights file instead"), hub_cache_if_unreachable():
         return Path(hf_hub_download(repo, WEIGHTS, revision=revision or None))
 
 
@@ -86,7 +87,7 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
     Raises `InputError` without permission or network.
     """
     api = HfApi(library_name="sret")
-    with _explained(repo):
+    with _explained(repo, "--out FOLDER writes the files to a folder instead"), hub_cache_if_unreachable():
         api.create_repo(repo, private=is_private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model of sret").commit_url)
 
@@ -98,18 +99,18 @@ def check_repo(repo: str) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, offline_advice: str) -> Iterator[None]:
     """Turns errors of huggingface_hub, and of those it calls, into one line that says what would work."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print every attempt
     try:
         yield
     except Exception as error:  # of huggingface_hub, httpx or the file system: they share no base class
+        if is_unreachable(error):
+            raise InputError(f"{name}: no connection to {hub_host()}; {offline_advice}") from error
         hint = ""
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             hint = f"; the repository has no {WEIGHTS}; `sret push` and timm's push_to_hf_hub write one"
-        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | ConnectionError):
-            hint = "; without a network, give a weights file"
         elif isinstance(error, errors.HfHubHTTPError | errors.LocalTokenNotFoundError):
             hint = "; look it up at https://huggingface.co, and if it needs permission, run: hf auth login"
         reason = textwrap.shorten(str(error), 300) or type(error).__name__

@@ -204,11 +204,16 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
     """A model with the weights of one of the authors' files, in evaluation mode.
 
     Args:
-        path: a file of the authors' release, or of training with their code, with any number of classes.
+        path: a file of the authors' release, or of training with their code, with any number of classes; or a file
+            that `sret convert` wrote in their format.
         variant: which model it is; by default found from shapes, the file's name and the arguments saved inside.
 
     Raises `InputError` if the file cannot be read safely, fits no variant, or does not fit the given one.
     """
+    from sret.checkpoints.card import load_converted  # which imports this module
+
+    if variant is None and (converted := load_converted(path)) is not None:
+        return converted[0]
     state_dict, trained_as = read_official(path)
     with error_prefix(path):
         if variant is None:

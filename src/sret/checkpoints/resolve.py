@@ -6,7 +6,7 @@ from pathlib import Path
 from timm.models import get_pretrained_cfg
 
 from sret.checkpoints import download
-from sret.checkpoints.card import Card, load_weights
+from sret.checkpoints.card import Card, load_converted, load_weights
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.hub import fetch_hub, is_hub
 from sret.checkpoints.official import load_official
@@ -32,10 +32,11 @@ def resolve(source: str | os.PathLike[str], variant: str | None = None) -> tuple
     path, named = find_file(source)
     if named is not None and variant is not None:
         raise InputError(f"{source} is a published name, which includes the variant; leave --variant out")
-    if named is None and _is_ours(path):
+    ours = load_weights(path) if named is None and _is_ours(path) else load_converted(path)
+    if ours is not None:
         if variant is not None:
             raise InputError("--variant is only for the authors' files; ours contain their configuration")
-        return load_weights(path)
+        return ours
     model = load_official(path, named or variant)
     return model, imagenet_card(model, os.fspath(source))
 

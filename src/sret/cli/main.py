@@ -69,6 +69,8 @@ def _main(argv: Sequence[str]) -> int:
         return 0
     except (InputError, OSError) as error:
         text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{os.fspath(error.filename)}: {error.strerror}"  # without Python's [Errno 2]
         if text.startswith("Caught "):  # from a process that loads images: the message follows a traceback
             text = text.strip().splitlines()[-1].partition(": ")[2]
         print(f"sret: error: {printable(' '.join(text.split()))}", file=sys.stderr)
@@ -116,7 +118,9 @@ def _command_name(argv: Sequence[str]) -> str:
     name = argv[0]
     if name.startswith("-"):
         options = ["help", "version"]
-        raise InputError(f"unknown option {name!r}{did_you_mean(name.lstrip('-'), options)}; the command comes first")
+        raise InputError(
+            f"unknown option {name!r}{did_you_mean(name.lstrip('-'), options, '--')}; the command comes first"
+        )
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; the commands are {names}")
     return name
@@ -140,7 +144,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
         arguments = parser.parse_args(normalize_options(argv))
     except ArgumentError as error:
         options = [action.dest for action in parser._actions] + getattr(command, "NESTED_OPTIONS", [])
-        raise InputError(shorten_error(str(error), options)) from error
+        positionals = {a.dest: str(a.metavar or a.dest) for a in parser._actions if not a.option_strings}
+        raise InputError(shorten_error(str(error), options, positionals)) from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe is not a text file ({error})") from error
     return command.run(parser.instantiate(arguments))

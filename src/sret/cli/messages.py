@@ -1,7 +1,7 @@
 """Normalises the spelling of options before jsonargparse parses them, and shortens its errors to one line."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from sret.errors import did_you_mean
@@ -21,7 +21,7 @@ def normalize_options(argv: Sequence[str]) -> list[str]:
 
 
 _UNKNOWN = re.compile(
-    r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: -*([^\s=]+)"
+    r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: ([^\s=]+)"
 )
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Problem with given class_path|Given value type:"
@@ -29,19 +29,22 @@ _NOISE = re.compile(
 )
 
 
-def shorten_error(message: str, options: Sequence[str]) -> str:
+def shorten_error(message: str, options: Sequence[str], positionals: Mapping[str, str] | None = None) -> str:
     """Shortens a message of jsonargparse, several lines with all values, to what was wrong and what would work.
 
     Args:
         options: the command's options, such as "epochs" or "model.img_size".
+        positionals: the command's arguments without dashes, and how its help writes them: {"out": "OUT"}.
     """
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     prefix = f"{path}: " if path else ""
     if unknown := _UNKNOWN.search(message):
-        return _unknown_option(next(filter(None, unknown.groups())), path, options)
+        in_file, in_part, on_line = unknown.groups()
+        if on_line and not on_line.startswith("-"):
+            return f"unexpected argument {on_line!r}"
+        return _unknown_option(in_file or in_part or on_line, path, options)
     if required := re.search(r"the following arguments are required: (.*)", message):
-        names = [name.rpartition(".")[2] for name in required[1].split(", ")]
-        return f"missing {', '.join(names)}{f' in {path}' if path else ''}"
+        return _missing(required[1].split(", "), path, positionals or {})
     if number := re.search(r"Not of type (\w+)", message):
         from sret import ranges  # jsonargparse takes a third of a second
 
@@ -54,16 +57,25 @@ def shorten_error(message: str, options: Sequence[str]) -> str:
     return f"{prefix}{text}{suffix}"
 
 
-def _unknown_option(name: str, path: str, options: Sequence[str]) -> str:
-    where = f" in {path}" if path else ""
+def _missing(names: Sequence[str], path: str, positionals: Mapping[str, str]) -> str:
+    """`path` is the option that lacks fields with these names, or empty if the command lacks arguments."""
+    if path:
+        return f"missing {', '.join(name.rpartition('.')[2] for name in names)} in {path}"
+    return f"missing {', '.join(positionals.get(name, f'--{name}') for name in names)}"
+
+
+def _unknown_option(given: str, path: str, options: Sequence[str]) -> str:
+    """The message for an option, `given` with its dashes, or for a field of a recipe, which has none."""
+    name, where = given.lstrip("-"), f" in {path}" if path else ""
+    dashes = given.removesuffix(name)
     names_elsewhere = ("grad_checkpointing", "gradient_checkpointing")
     if name in names_elsewhere and "model.memory" in options:
-        return f"unknown option {name!r}; did you mean 'model.memory'? Use pass, or nested for deep models"
+        return f"unknown option {given!r}; did you mean '{dashes}model.memory'? Use pass, or nested for deep models"
     by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
     last_part = name.rpartition(".")[2]
     if last_part in by_last_part and by_last_part[last_part] != name:
-        return f"unknown option {name!r}{where}; did you mean {by_last_part[last_part]!r}?"
-    return f"unknown option {name!r}{where}{did_you_mean(last_part, by_last_part)}"
+        return f"unknown option {given!r}{where}; did you mean '{dashes}{by_last_part[last_part]}'?"
+    return f"unknown option {given!r}{where}{did_you_mean(last_part, by_last_part, dashes)}"
 
 
 def _given(message: str) -> str:

@@ -8,7 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sret.checkpoints.card import Card
 from sret.checkpoints.resolve import is_name
+from sret.errors import first_few, printable
 from sret.export.runtime import load_model
 from sret.files import format_bytes
 from sret.layers.gpu_path import gpu_path
@@ -16,6 +18,8 @@ from sret.models.config import ModelConfig
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
 from sret.models.variants import CONFIGS, RELEASES, config_of
+
+SHOWN_CLASSES = 10
 
 
 def print_variants(console: Console, size: tuple[int, int] | None) -> None:
@@ -69,9 +73,25 @@ def gpu_path_of(config: ModelConfig) -> str:
         return gpu_path(SReT(config))
 
 
+def _print_card(console: Console, card: Card) -> None:
+    """Prints the classes of a file, and how it prepares images."""
+    how, names = card.preprocessing, [printable(name) for name in card.class_names]
+    classes = first_few(names, SHOWN_CLASSES) if names else "without names"
+    (height, width), kind = how.img_size, {1: "grey", 3: "colour"}[len(how.mean)]
+    mean, std = ("[" + ", ".join(f"{value:.4g}" for value in values) + "]" for values in (how.mean, how.std))
+    lines = [
+        f"Classes: {card.config.num_classes}: {classes}",
+        f"Images: {kind}, {height}x{width} pixels, {how.interpolation}, the central {100 * how.crop_pct:.4g} % of each "
+        f"side; in 0..1, mean {mean}, std {std}",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
 def print_model(console: Console, name: str, size: tuple[int, int] | None) -> None:
     """Prints parameters, MACs, tokens and slices of one model, a name or a file, by stage and pass."""
-    config = config_of(name) if is_name(name) else load_model(name)[1].config
+    card = None if is_name(name) else load_model(name)[1]
+    config = config_of(name) if card is None else card.config
     cost = model_cost(config, size)
     height, width = size or config.input_size
     console.print(
@@ -117,6 +137,8 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
     parts = (f"{part} {n:,} ({n / cost.parameters:.0%})" for part, n in cost.parameters_by_part().items())
     console.print(f"Parameters: {', '.join(parts)}", soft_wrap=True)
     console.print(f"On a GPU: {gpu_path_of(config)}", soft_wrap=True)
+    if card is not None:
+        _print_card(console, card)
     for tag, release in RELEASES.items():
         if tag == name or tag.startswith(f"{name}."):
             console.print(f"{tag}: {release.top1:.1f} % top-1 on ImageNet-1K as published ({release.official})")

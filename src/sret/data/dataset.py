@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import ConcatDataset, Subset
 
 from sret.data.preprocess import ImageSource, Preprocessing, header
-from sret.errors import InputError, InputWarning, first_few
+from sret.errors import InputError, InputWarning, first_few, plural
 
 SPLITS = ("train", "val", "test")
 TEST_SHARE = 0.2  # of all images
@@ -91,9 +91,10 @@ class ImageData:
                 raise InputError(f"{name}: its {split} split has no images")
             odd = sorted({int(label) for label in np.unique(samples.labels)} - set(range(len(class_names))))
             if odd:
+                few = first_few([str(label) for label in odd])
                 raise InputError(
-                    f"{name}: label(s) {first_few([str(label) for label in odd])} in {split}, but there are "
-                    f"{len(class_names)} classes, numbered from 0"
+                    f"{name}: {plural('label', len(odd))} {few} in {split}, but there are {len(class_names)} classes, "
+                    "numbered from 0"
                 )
         images = next(iter(given.values())).images
         inspected = [images[i] for i in np.linspace(0, len(images) - 1, min(NUM_INSPECTED, len(images))).astype(int)]

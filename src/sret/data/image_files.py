@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import features
 
-from sret.errors import InputWarning, printable
+from sret.errors import InputWarning, plural, printable
 
 # What Pillow decodes everywhere; AVIF and HEIF depend on what is installed.
 _ALWAYS = set(".bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split())  # noqa: SIM905
@@ -76,5 +76,5 @@ def warn_of_skipped(folder: Path, skipped: Mapping[str, int]) -> None:
         for kind, count in sorted(skipped.items(), key=lambda item: -item[1])
     ]
     total = sum(skipped.values())
-    text = f"{folder}: {total} file{'s' * (total > 1)} skipped, not readable images: {', '.join(kinds[:6])}"
+    text = f"{folder}: {total} {plural('file', total)} skipped, not readable images: {', '.join(kinds[:6])}"
     warnings.warn(text, InputWarning, stacklevel=3)

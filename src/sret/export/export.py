@@ -19,6 +19,7 @@ import torch
 from sret.checkpoints.card import Card
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
+from sret.data.loading import Unreadable
 from sret.data.sources import load_data
 from sret.errors import InputError
 from sret.export.onnx import to_onnx, write_onnx
@@ -37,7 +38,7 @@ from sret.export.verify import (
 )
 from sret.files import format_bytes
 from sret.models.sret import SReT
-from sret.ranges import PositiveInt, check_number
+from sret.ranges import NonNegativeInt, PositiveInt, check_number
 from sret.version import __version__
 
 MAX_WEIGHT_BYTES = 2**31 - 2**24  # ONNX files have at most 2 GiB; the rest is for the graph
@@ -85,11 +86,12 @@ def export(
     data: str | None = None,
     samples: int = 300,
     batch_size: int = 16,
+    max_corrupt: int = 0,
 ) -> Export:
     """`export_model` for what `resolve` takes: a weights file of sret or of the authors, or a published name."""
     _check(out, dtype, data)
     model, card = resolve(source)
-    return export_model(model, card, out, dtype, img_size, data, samples, batch_size)
+    return export_model(model, card, out, dtype, img_size, data, samples, batch_size, max_corrupt)
 
 
 def export_model(
@@ -101,6 +103,7 @@ def export_model(
     data: str | None = None,
     samples: int = 300,
     batch_size: int = 16,
+    max_corrupt: int = 0,
 ) -> Export:
     """Writes a model as a file for another engine, if its outputs there agree with the model's.
 
@@ -113,12 +116,14 @@ def export_model(
         samples: at most this many test images (or validation images) for the comparison, and training images for the
             calibration of int8.
         batch_size: images per batch in the comparison; the file takes batches of any size.
+        max_corrupt: number of unreadable images that may be skipped.
 
     Raises `InputError` for a wrong option, and for outputs that `check_parity` refuses. Then no file is left.
     """
     _check(out, dtype, data)
     check_number("samples", samples, PositiveInt)
     check_number("batch_size", batch_size, PositiveInt)
+    check_number("max_corrupt", max_corrupt, NonNegativeInt)
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     if sum(tensor.nbytes for tensor in model.state_dict().values()) > MAX_WEIGHT_BYTES:
         raise InputError(f"{out}: the weights have more than 2 GiB, the limit of an ONNX file; export a smaller model")
@@ -128,7 +133,7 @@ def export_model(
         config=replace(model.config, img_size=size),
         preprocessing=replace(card.preprocessing, img_size=size),
     )
-    batches, calibration, images = _images(card, dtype, data, samples, batch_size)
+    batches, calibration, images = _images(card, dtype, data, samples, batch_size, max_corrupt)
     with _temporary_folder(out) as folder:
         path = folder / out.name
         with _quiet():
@@ -145,7 +150,7 @@ def export_model(
 
 
 def _images(
-    card: Card, dtype: str, data: str | None, samples: int, batch_size: int
+    card: Card, dtype: str, data: str | None, samples: int, batch_size: int, max_corrupt: int
 ) -> tuple[Iterator[Batch], Iterator[Batch], str]:
     """Batches for the comparison, batches for the calibration, and a description of the former."""
     if data is None:
@@ -153,10 +158,11 @@ def _images(
     found = load_data(data)
     card.check_classes(found.name, found.class_names)
     split = "test" if "test" in found.splits else "val"
-    batches = batches_of(random_subset(found.split(split), samples), card, chain(FIRST_BATCHES, repeat(batch_size)))
+    unreadable, sizes = Unreadable(max_corrupt), chain(FIRST_BATCHES, repeat(batch_size))
+    batches = batches_of(random_subset(found.split(split), samples), card, sizes, unreadable)
     calibration: Iterator[Batch] = iter(())
     if dtype == "int8":
-        calibration = batches_of(random_subset(found.split("train"), samples), card, repeat(batch_size))
+        calibration = batches_of(random_subset(found.split("train"), samples), card, repeat(batch_size), unreadable)
     return batches, calibration, f"images of {found.name}, {split}"
 
 

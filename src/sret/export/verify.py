@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from sret.checkpoints.card import Card
 from sret.data.dataset import Samples
-from sret.data.loading import ImageDataset, Unreadable
+from sret.data.loading import UNREADABLE, ImageDataset, Unreadable
+from sret.data.preprocess import Preprocessing
 from sret.errors import InputError
 from sret.export.runtime import Exported
 from sret.models.sret import SReT
@@ -79,19 +81,30 @@ def random_subset(samples: Samples, count: int) -> Samples:
     return samples.subset(sorted(order[:count].tolist()))
 
 
-def batches_of(samples: Samples, card: Card, sizes: Iterable[int]) -> Iterator[Batch]:
-    """The images, preprocessed as the card says, in batches of these sizes."""
-    dataset, unreadable, start = ImageDataset(samples, card.preprocessing), Unreadable(0), 0
+def batches_of(samples: Samples, card: Card, sizes: Iterable[int], unreadable: Unreadable) -> Iterator[Batch]:
+    """The images that can be read, preprocessed as the card says, in batches of these sizes.
+
+    Raises `InputError` for more unreadable images than the limit of `unreadable`, and if none can be read.
+    """
+    readable, done = _readable(samples, card.preprocessing, unreadable), 0
     for size in sizes:
-        if start >= len(dataset):
-            return
-        items = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-        unreadable.add(problem for _, _, problem in items)
-        yield (
-            card.preprocessing.normalize(torch.stack([image for image, _, _ in items])),
-            [label for _, label, _ in items],
-        )
-        start += size
+        batch = list(islice(readable, size))
+        if not batch:
+            break
+        images, labels = zip(*batch, strict=True)
+        yield card.preprocessing.normalize(torch.stack(images)), labels
+        done += len(batch)
+    if not done:
+        raise InputError("none of the images for the export can be read")
+
+
+def _readable(samples: Samples, preprocessing: Preprocessing, unreadable: Unreadable) -> Iterator[tuple[Tensor, int]]:
+    dataset = ImageDataset(samples, preprocessing)
+    for i in range(len(dataset)):
+        image, label, problem = dataset[i]
+        unreadable.add([problem])
+        if label != UNREADABLE:
+            yield image, label
 
 
 def random_batches(card: Card) -> Iterator[Batch]:

@@ -8,7 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sret.data.dataset import Samples
 from sret.data.preprocess import Preprocessing
@@ -30,9 +30,10 @@ def draw_classes(axes: Axes, names: Sequence[str], found: Statistics) -> None:
     errors = np.abs(intervals.T - accuracy[shown])
     axes.barh(places, accuracy[shown], color="tab:blue", alpha=0.75)
     axes.errorbar(accuracy[shown], places, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, alpha=0.6)
-    for place, k in zip(places, shown, strict=True):
-        axes.text(1, place, f"{accuracy[k]:.1f} %  of {totals[k]}", va="center", fontsize=7)
     axes.set_yticks(places, [shorten(names[k]) for k in shown], fontsize=8)
+    values = axes.secondary_yaxis("right")  # beside the bars, where no line crosses them
+    values.set_yticks(places, [f"{accuracy[k]:.1f} % of {totals[k]:,}" for k in shown], fontsize=7)
+    values.tick_params(length=0)
     title = "accuracy per class" if len(shown) == len(names) else f"the {len(shown)} classes with the lowest accuracy"
     axes.set(xlim=(0, 100), xlabel="top-1, % (line: 95 % interval)", title=title)
 
@@ -82,6 +83,9 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """The losses by epoch: training, validation, and validation of the EMA."""
     _curves(axes, rows, {"train_loss": "training, augmented", "val_loss": "validation", "ema_loss": "EMA"})
     axes.set(ylabel="cross-entropy", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # or linear ticks if fewer than two of these are in range
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_accuracies(axes: Axes, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> None:
@@ -97,7 +101,9 @@ def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Mapping[str, 
     marker = "." if len(rows) < 3 else ""
     for key, label in labels.items():
         if key in rows[0]:
-            axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker=marker, label=label)
+            style = "--" if key.startswith("ema") else "-"  # the validation curve shows between the dashes
+            values = [row[key] for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, style, marker=marker, label=label)
     axes.set(xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

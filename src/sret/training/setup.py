@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sret.checkpoints.adapt import transfer_file
+from sret.checkpoints.adapt import find_source, transfer_file
 from sret.data.config import Augmentation
 from sret.data.dataset import ImageData
 from sret.data.device_data import DeviceLoader
@@ -27,7 +27,7 @@ from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, balanced_uses
 from sret.data.sources import load_data
 from sret.data.workers import worker_options
-from sret.errors import InputError, InputWarning
+from sret.errors import InputError, InputWarning, plural
 from sret.layers.recursion import Recursion
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
@@ -140,6 +140,8 @@ def prepare(
     Raises `InputError` for an occupied folder, the state of another run, or data that does not fit the model.
     """
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
+    if config.init is not None and not (out / run_dir.STATE).exists():
+        find_source(config.init)  # before the data are read, which may take minutes
     data = load_data(config.data)
     model_config = fitting_model(config, data)
     preprocessing = data.preprocessing(model_config.input_size, config.exif_orientation)
@@ -224,8 +226,9 @@ def make_batches(
         balanced_uses(labels, config.class_balance),
     )
     if (left := num_images - batches.steps * config.batch_size) > MAX_UNUSED_SHARE * num_images:
-        text = f"an epoch is {batches.steps} step(s) of batch_size {config.batch_size} and leaves out {left} of "
-        text += f"{num_images} images, others in each epoch; a smaller batch_size leaves out fewer"
+        steps = f"{batches.steps} {plural('step', batches.steps)} of batch_size {config.batch_size}"
+        text = f"an epoch is {steps} and leaves out {left} of {num_images} images, others in each epoch; "
+        text += "a smaller batch_size leaves out fewer"
         warnings.warn(text, InputWarning, stacklevel=4)  # at the call of `train`
     counts = np.unique(np.asarray(labels), return_counts=True)[1]
     if counts.max() > MAX_IMBALANCE * counts.min() and not config.class_balance:

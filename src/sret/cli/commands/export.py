@@ -5,8 +5,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import IMG_SIZE, WEIGHTS, ImageSize
-from sret.ranges import PositiveInt
+from sret.cli.commands import IMG_SIZE, MAX_CORRUPT, WEIGHTS, ImageSize
+from sret.ranges import NonNegativeInt, PositiveInt
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=PositiveInt, default=300, help="number of images to compare, and to calibrate int8"
     )
+    parser.add_argument("--max_corrupt", type=NonNegativeInt, default=0, help=MAX_CORRUPT)
 
 
 def run(arguments: Namespace) -> int:

@@ -61,6 +61,8 @@ def _read_result(path: Path) -> "Result":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return _result(values["data"], values["split"], float(values["top1"]), int(values["count"]))
+        except FileNotFoundError as error:
+            raise InputError("no such file; --results takes files with the output of sret eval --json") from error
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("not the output of sret eval --json") from error
 

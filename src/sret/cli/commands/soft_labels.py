@@ -51,7 +51,8 @@ def run(arguments: Namespace) -> int:
                 bar.start()
                 bar.update(task, completed=done, total=total)
     finally:
-        bar.stop()
+        if bar.live.is_started:  # otherwise it would print an empty line
+            bar.stop()
     if is_main:
         print(f"{out}: complete; train with: --soft_labels {out}")
     return 0

@@ -18,7 +18,8 @@ from sret.data.dataset import ImageData, Samples
 from sret.data.preprocess import Encoded
 from sret.data.sources.folder import SPLIT_NAMES
 from sret.data.sources.webdataset import numbered
-from sret.errors import InputError, InputWarning, first_few
+from sret.errors import InputError, InputWarning, first_few, plural
+from sret.network import hub_cache_if_unreachable, hub_host, is_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -38,7 +39,7 @@ def load_hub(name: str) -> ImageData:
         raise InputError(f"no data {name!r}: write a Hugging Face data set as hf:owner/name or hf:owner/name@config")
     from datasets import load_dataset
 
-    with _explained(name):
+    with _explained(name), hub_cache_if_unreachable():
         # The long form of the name; the short one would load a local folder of that name instead.
         parts = load_dataset(f"hf://datasets/{match[1]}", match[2])
     parts = _by_split(name, parts)
@@ -186,7 +187,8 @@ def _by_split(name: str, parts: "dict[str, Dataset]") -> "dict[str, Dataset]":
     if not found:
         raise InputError(f"{name}: none of its splits is called train, validation or test; it has {', '.join(parts)}")
     if unused := [part for part in parts if part not in found.values()]:
-        warnings.warn(f"{name}: its split(s) {first_few(unused)} are not used", InputWarning, stacklevel=3)
+        text = f"{name}: not used: {plural('split', len(unused))} {first_few(unused)}"
+        warnings.warn(text, InputWarning, stacklevel=3)
     return {split: parts[theirs] for split, theirs in found.items()}
 
 
@@ -200,14 +202,15 @@ def _explained(name: str) -> Iterator[None]:
     except ImportError:  # something is not installed: the command line says what to install
         raise
     except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow or fsspec: they share no base class
+        if is_unreachable(error):
+            text = f"{name}: no connection to {hub_host()}; give a folder with the parquet files of the data set"
+            raise InputError(text) from error
         hint = ""
         if isinstance(error, DatasetNotFoundError):
             hint = (
                 "; look it up at https://huggingface.co/datasets, and if it is private or gated, ask for access there, "
                 "then run: hf auth login"
             )
-        elif isinstance(error, ConnectionError):
-            hint = "; without a network, give a folder with the parquet files of the data set"
         elif "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             hint = "; write hf:owner/name@config"
         elif isinstance(error, PermissionError):

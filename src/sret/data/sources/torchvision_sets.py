@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from PIL import Image
 from sret.data.dataset import ImageData, Samples
 from sret.errors import InputError
 from sret.files import cache_dir
+from sret.network import is_unreachable
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
 
@@ -29,10 +32,17 @@ def load_torchvision(name: str) -> ImageData:
     try:
         train, test = (kind(root, train=is_train, download=True) for is_train in (True, False))
     except (OSError, RuntimeError, AssertionError, EOFError, KeyError, ValueError) as error:
+        # torchvision passes on only the text of some errors
+        if is_unreachable(error) or "urlopen error" in str(error):
+            host = urlsplit(_address(kind)).hostname
+            raise InputError(
+                f"{name}: no connection to {host}; put {_by_hand(kind, root)}, or set SRET_DATA to the folder that "
+                "has it"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{name} in {root} cannot be read or downloaded ({reason}); remove damaged files; if "
-            f"there is no network, put {_by_hand(kind, root)}; or set SRET_DATA to the folder that has it"
+            f"{name} in {root} cannot be read or downloaded ({reason}); remove damaged files; or "
+            f"put {_by_hand(kind, root)}; or set SRET_DATA to the folder that has it"
         ) from error
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else train.classes  # not "0 - zero"
     given = {
@@ -55,9 +65,14 @@ class Pixels(Sequence[Image.Image]):
         return Image.fromarray(self.pixels[i])
 
 
-def _by_hand(kind: type, root: Path) -> str:
+def _address(kind: Any) -> str:
+    """Where torchvision downloads from: the address of one file, or of a folder of files."""
+    return str(kind.url if hasattr(kind, "tgz_md5") else kind.mirrors[0])
+
+
+def _by_hand(kind: Any, root: Path) -> str:
     """The files that torchvision would download, and where to put them."""
     if hasattr(kind, "tgz_md5"):
-        return f"{kind.url} into {root}"  # type: ignore[attr-defined]
-    files = " ".join(file for file, _ in kind.resources)  # type: ignore[attr-defined]
-    return f"{files} from {kind.mirrors[0]} into {root / kind.__name__ / 'raw'}"  # type: ignore[attr-defined]
+        return f"{_address(kind)} into {root}"
+    files = " ".join(file for file, _ in kind.resources)
+    return f"{files} from {_address(kind)} into {root / kind.__name__ / 'raw'}"

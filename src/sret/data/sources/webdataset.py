@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from sret.data.dataset import ImageData, Samples
 from sret.data.image_files import image_suffixes
 from sret.data.preprocess import Encoded
-from sret.errors import InputError, InputWarning, first_few
+from sret.errors import InputError, InputWarning, first_few, plural
 from sret.files import cache_dir, replacing
 from sret.ranges import MAX_CLASSES
 
@@ -55,9 +55,8 @@ def numbered(name: str, given: dict[str, Samples]) -> list[str]:
     first, known = next(iter(seen.items()))
     for split, labels in seen.items():
         if odd := sorted(labels - known):
-            raise InputError(
-                f"{name}: label(s) {first_few([str(label) for label in odd])} in {split}, but not in {first}"
-            )
+            few = first_few([str(label) for label in odd])
+            raise InputError(f"{name}: {plural('label', len(odd))} {few} in {split}, but not in {first}")
     count = max(known, default=-1) + 1
     if count > MAX_CLASSES:
         raise InputError(f"{name}: label {count - 1} in {first}; classes are numbered from 0, without gaps")

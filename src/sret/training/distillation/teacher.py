@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, one_hot
 from sret.checkpoints.resolve import resolve
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, did_you_mean
+from sret.network import hub_cache_if_unreachable, hub_host, is_unreachable
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -101,13 +102,16 @@ def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mo
         raise InputError(f"{weights}: no such file, for the weights of the teacher {name}")
     try:
         if weights is None:
-            model = timm.create_model(name, pretrained=True)
+            with hub_cache_if_unreachable():
+                model = timm.create_model(name, pretrained=True)
         else:
             model = timm.create_model(name, num_classes=num_classes, checkpoint_path=str(weights))
     except InputError:
         raise
     except Exception as error:  # timm passes on errors of the hub, of the network and of checkpoints
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        if is_unreachable(error):
+            reason = f"no connection to {hub_host()}"
         hint = (
             "teacher_weights can name a file with its weights"
             if weights is None
