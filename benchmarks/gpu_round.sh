@@ -58,5 +58,6 @@ minutes=4
 [ -n "${SMALL:-}" ] && minutes=0.05
 part cifar10 "$end" "$python" benchmarks/cifar10_record.py "${small[@]}" --data "$cifar10" --out "$out/cifar10" \
   --minutes "$minutes" --num_workers "$(nproc)"
+part loading 40 "$python" benchmarks/loading.py --num_workers "$(nproc)" --seconds 3 --rounds 2
 
 "$python" benchmarks/gpu_summary.py "$out" | tee "$out/summary.txt"

@@ -1,22 +1,27 @@
 """Augmentation of batches on the device: timm's operations value by value, and runs that resume exactly."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import loading
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_train import RECIPE, weights
 from timm.data import auto_augment
+from torch.utils.data import DataLoader
 
 from sret import InputError
 from sret.data import device_data
 from sret.data.batch_operations import AFFINE, OPERATIONS, argument, hashed, matrices, transformed, uniform
 from sret.data.config import Augmentation
-from sret.data.device_data import BatchAugmentation, keys_of, rectangles_of
+from sret.data.dataset import Samples
+from sret.data.device_data import BatchAugmentation, CropLoader, DeviceLoader, fit_on_device, keys_of, rectangles_of
+from sret.data.loading import TrainDataset
 from sret.data.preprocess import Preprocessing
-from sret.data.sampler import SampleIndex, part_of
+from sret.data.sampler import EpochBatches, SampleIndex, part_of
 from sret.training.config import RuntimeConfig
 from sret.training.loop import train
 
@@ -80,7 +85,7 @@ def test_random_numbers_are_uniform_and_unrelated():
 
 def test_an_image_has_the_same_augmentation_in_every_batch(pixels):
     batch = [SampleIndex(image, 4, use) for image, use in zip(range(10), [0, 1] * 5, strict=True)]
-    augment, images = BatchAugmentation(FULL, PREPROCESSING), batch_of(pixels)[:10]
+    augment, images = BatchAugmentation(FULL, PREPROCESSING, has_crops=False), batch_of(pixels)[:10]
     whole = augment(images, keys_of(7, batch))
     for part in range(2):
         samples = part_of(batch, part, 2)
@@ -91,7 +96,7 @@ def test_an_image_has_the_same_augmentation_in_every_batch(pixels):
 
 
 def test_crops_and_flips_are_those_of_the_padded_image(pixels):
-    augment = BatchAugmentation(Augmentation(geometry="pad", on_device=True), PREPROCESSING)
+    augment = BatchAugmentation(Augmentation(geometry="pad", on_device=True), PREPROCESSING, has_crops=False)
     image = batch_of(pixels)[:1]
     padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
     windows = [padded[0, :, top : top + 32, left : left + 32] / 255 for top in range(9) for left in range(9)]
@@ -102,7 +107,7 @@ def test_crops_and_flips_are_those_of_the_padded_image(pixels):
 
 def test_erased_rectangles_have_timms_areas_and_noise_the_data_s_statistics(pixels):
     erasing = Augmentation(geometry="none", flip=False, random_erasing=0.25, on_device=True)
-    augment = BatchAugmentation(erasing, PREPROCESSING)
+    augment = BatchAugmentation(erasing, PREPROCESSING, has_crops=False)
     keys = hashed(torch.arange(4000))
     _, _, height, width = rectangles_of(augment.erasing.erasing, keys, (32, 32)).unbind(1)
     erased = height > 0
@@ -120,22 +125,22 @@ def test_erased_rectangles_have_timms_areas_and_noise_the_data_s_statistics(pixe
         assert values.std().item() == pytest.approx(PREPROCESSING.std[channel], abs=0.01)
 
 
-def test_operations_without_a_device_version_are_refused(tmp_path: Path, monkeypatch):
-    with pytest.raises(InputError, match=r"'crop' needs the original images"):
-        BatchAugmentation(Augmentation(on_device=True), PREPROCESSING)
+def test_operations_without_a_device_version_are_refused():
     for policy in ("augmix-m3-w3", "rand-m9-tweights", "v0"):
         with pytest.raises(InputError, match="is not computed on the device"):
-            BatchAugmentation(replace(FULL, auto_augment=policy), PREPROCESSING)
-    monkeypatch.setattr(device_data, "MAX_BYTES", 1000)
-    with pytest.raises(InputError, match=r"1,222 images of 16x16 pixels take .* GiB"):
-        train(ON_DEVICE, tmp_path / "run")
+            BatchAugmentation(replace(FULL, auto_augment=policy), PREPROCESSING, has_crops=False)
 
 
-def test_a_run_resumes_to_the_same_bits_with_any_number_of_parts(tmp_path: Path):
-    recipe = replace(ON_DEVICE, mixup=0.2, cutmix=1.0)
+# Photos are loaded and cropped by processes; the small images of this recipe live on the device.
+@pytest.mark.parametrize(("geometry", "loader"), [("pad", DeviceLoader), ("crop", CropLoader)])
+def test_a_run_resumes_to_the_same_bits_with_any_number_of_parts(geometry, loader, tmp_path: Path, monkeypatch):
+    made = []
+    monkeypatch.setattr(loader, "__iter__", lambda self, inner=loader.__iter__: made.append(self) or inner(self))
+    recipe = replace(ON_DEVICE, mixup=0.2, cutmix=1.0, augmentation=replace(ON_DEVICE.augmentation, geometry=geometry))
     train(recipe, tmp_path / "whole", max_steps=6)
-    train(recipe, tmp_path / "run", max_steps=3)
+    train(recipe, tmp_path / "run", max_steps=3, runtime=RuntimeConfig(num_workers=2))
     train(recipe, tmp_path / "run", resume="auto", max_steps=6)
+    assert made
     expected = weights(tmp_path / "whole")
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / "run").items())
     frozen = replace(recipe, freeze=("stem",), model=replace(recipe.model, drop_rate=0.0, drop_path_rate=0.0))
@@ -149,3 +154,37 @@ def test_a_run_resumes_to_the_same_bits_with_any_number_of_parts(tmp_path: Path)
         )
         results.append(weights(tmp_path / str(parts)))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_only_small_data_sets_live_on_the_device(monkeypatch):
+    samples = Samples([Path("a.jpg")] * 10, [0] * 10)
+    assert fit_on_device(samples, PREPROCESSING, FULL)
+    assert not fit_on_device(samples, PREPROCESSING, replace(FULL, geometry="crop"))
+    monkeypatch.setattr(device_data, "MAX_BYTES", 10 * 32 * 32 * 3 - 1)
+    assert not fit_on_device(samples, PREPROCESSING, FULL)
+
+
+def test_an_image_that_cannot_be_read_is_replaced_in_crops_for_the_device(tmp_path: Path):
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"damaged")
+    samples = Samples([tmp_path / "a.png", tmp_path / "b.png"], [3, 4])
+    batches = EpochBatches(2, 2, seed=0)
+    for max_corrupt, labels in ((0, {3, 0}), (1, {3})):
+        dataset = TrainDataset(samples, PREPROCESSING, replace(FULL, geometry="crop"), max_corrupt=max_corrupt)
+        loader = CropLoader(
+            DataLoader(dataset, batch_sampler=batches), replace(FULL, geometry="crop"), batches, torch.device("cpu")
+        )
+        ((images, found, errors),) = loader
+        assert images.shape == (2, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert set(found.tolist()) == labels
+        assert sum(map(bool, errors)) == 1
+
+
+def test_the_benchmark_of_loading_runs(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "SYNTHETIC", 4)
+    arguments = ["loading.py", "--num_workers", "0", "--batch_size", "4", "--rounds", "1", "--seconds", "0.01"]
+    monkeypatch.setattr("sys.argv", arguments)
+    loading.main()
+    rates = json.loads(capsys.readouterr().out)["images_per_second"]
+    assert min(rates.values()) > 0

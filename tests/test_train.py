@@ -25,7 +25,7 @@ from sret.training.config import Distillation, Optimizer, RuntimeConfig, TrainCo
 from sret.training.distillation.precompute import write_soft_labels
 from sret.training.loop import train
 from sret.training.metrics import selection_key
-from sret.training.optim import make_optimizer, make_schedule
+from sret.training.optim import make_ema, make_optimizer, make_schedule
 from sret.training.run_dir import BEST, CONTENTS, LAST, METRICS, REPORT, STATE
 from sret.version import versions
 
@@ -458,6 +458,17 @@ def test_layer_decay_slows_the_lower_layers(model):
     path = [rate["stem.conv1.weight"], *(rate[name] for name in blocks), rate["head.weight"]]
     ratios = [a / b for a, b in pairwise(path)]
     assert ratios == pytest.approx([0.5] * len(ratios))
+
+
+def test_the_moving_average_soon_forgets_the_first_weights():
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(model.weight)
+    ema = make_ema(model, decay=0.9999)
+    ema.update(model, 1)
+    torch.nn.init.ones_(model.weight)
+    for step in range(2, 100):
+        ema.update(model, step)
+    assert ema.module.weight > 0.9  # with the full decay it would be 0.01
 
 
 def test_frozen_parts_stay(tmp_path):

@@ -38,6 +38,18 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
 
     Raises `InputError` for a colour policy on grey images.
     """
+    geometry, rest = _steps(augmentation, preprocessing)
+    return Transforms([*geometry, *map(make_safe, rest)])
+
+
+def crop_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> Transforms:
+    """PIL image -> (channels, height, width) uint8: the geometry alone; the rest is computed later, on the device."""
+    geometry, _ = _steps(augmentation, preprocessing)
+    return Transforms([*geometry, transforms.PILToTensor()])
+
+
+def _steps(augmentation: Augmentation, preprocessing: Preprocessing) -> tuple[list[Any], list[Any]]:
+    """The steps of the geometry, and those after it."""
     if augmentation.auto_augment is not None and len(preprocessing.mean) == 1:
         raise InputError(
             f"augmentation.auto_augment {augmentation.auto_augment!r} needs colour images, but these are grey; "
@@ -79,7 +91,7 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         ],
         "none": resize_and_centre,
     }[augmentation.geometry]
-    return Transforms([*geometry, *map(make_safe, rest)])
+    return geometry, rest
 
 
 class PixelErasing:

@@ -21,8 +21,9 @@ class Augmentation:
         flip: flip an image horizontally with probability 0.5.
         auto_augment: a policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; colour images only.
         random_erasing: probability that a rectangle of the image is replaced by noise.
-        on_device: keep all training images on the device as 8-bit values, and augment them there in batches, with other
-            random numbers; for small data sets, with the geometries "pad" and "none", and RandAugment.
+        on_device: compute flip, RandAugment and erasing on the device in batches, with other random numbers. Images of
+            a small data set with the geometry "pad" or "none" live on the device and are cropped there; the processes
+            that load other images crop them.
     """
 
     geometry: Geometry = "crop"

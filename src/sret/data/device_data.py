@@ -1,4 +1,4 @@
-"""Training images that live on the device as 8-bit values, and are augmented there in batches.
+"""Augments training images on the device in batches; small data sets also live there, as 8-bit values.
 
 Every image has random numbers of its own, a hash of (seed, epoch, image, use), so that a batch does not depend on how
 it is divided, and a run resumes exactly. They choose the parameters on the CPU, so that nothing waits for the device.
@@ -7,32 +7,38 @@ The operations are those of timm's RandAugment on Pillow images, value by value 
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 
 from sret.data.augment import PixelErasing, train_transform
 from sret.data.batch_operations import RandomOperations, hashed, uniform
 from sret.data.config import Augmentation
 from sret.data.dataset import Samples
+from sret.data.loading import TrainDataset
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, SampleIndex
-from sret.errors import InputError
 
 MAX_BYTES = 4 * 2**30
-GEOMETRIES = ("pad", "none")
 CROP, FLIP, ERASE, POLICY = 0, 2, 3, 64  # the first random number of each part
 ATTEMPTS = 10  # of random erasing to find a rectangle that fits; each has four random numbers
+
+
+def fit_on_device(samples: Samples, preprocessing: Preprocessing, augmentation: Augmentation) -> bool:
+    """Whether the images can live on the device: they are small, and their crops do not need the original images."""
+    is_small = len(samples) * math.prod(preprocessing.img_size) * len(preprocessing.mean) <= MAX_BYTES
+    return augmentation.geometry in ("pad", "none") and is_small
 
 
 class DeviceLoader:
     """Iterates over the batches of an epoch as a DataLoader of a `TrainDataset` does, with images on the device.
 
-    Raises `InputError` for an augmentation that needs the original images, for too many images, and for one that cannot
-    be read.
+    Raises `InputError` for an image that cannot be read, and as `BatchAugmentation`.
     """
 
     def __init__(
@@ -43,26 +49,43 @@ class DeviceLoader:
         batches: EpochBatches,
         device: torch.device,
     ) -> None:
-        self.batches, self.seed = batches, batches.seed
+        self.batches = batches
+        self.augment = BatchAugmentation(augmentation, preprocessing, has_crops=False)
         self.images = load_images(samples, preprocessing, device)
         self.labels = torch.as_tensor(np.asarray(samples.labels), dtype=torch.long).to(device)
-        self.augment = BatchAugmentation(augmentation, preprocessing)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         for batch in self.batches:
             rows = torch.tensor([sample.image for sample in batch]).to(self.images.device, non_blocking=True)
-            yield self.augment(self.images[rows], keys_of(self.seed, batch)), self.labels[rows], []
+            yield self.augment(self.images[rows], keys_of(self.batches.seed, batch)), self.labels[rows], []
+
+
+class CropLoader:
+    """Iterates over the batches of an epoch; `loader` loads and crops the images, the device does the rest.
+
+    Raises `InputError` as `BatchAugmentation`.
+
+    Args:
+        loader: of a `TrainDataset` whose augmentation is computed on the device, in the order of `batches`.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], augmentation: Augmentation, batches: EpochBatches, device: torch.device
+    ) -> None:
+        assert isinstance(loader.dataset, TrainDataset)
+        self.loader, self.batches, self.device = loader, batches, device
+        self.augment = BatchAugmentation(augmentation, loader.dataset.preprocessing, has_crops=True)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        for batch, (images, labels, errors) in zip(self.batches, self.loader, strict=True):
+            images = images.to(self.device, non_blocking=True)
+            yield self.augment(images, keys_of(self.batches.seed, batch)), labels, errors
 
 
 def load_images(samples: Samples, preprocessing: Preprocessing, device: torch.device) -> Tensor:
     """(N, C, H, W) uint8: all images, resized and cropped to the centre."""
     height, width = preprocessing.img_size
     shape = (len(samples), height, width, len(preprocessing.mean))
-    if math.prod(shape) > MAX_BYTES:
-        raise InputError(
-            f"{len(samples):,} images of {height}x{width} pixels take {math.prod(shape) / 2**30:.1f} GiB; with "
-            f"augmentation.on_device they may take {MAX_BYTES // 2**30} GiB; set it to false"
-        )
     resize, crop = preprocessing.transform().transforms[:2]
     pixels = np.empty(shape, np.uint8)
     for i in range(len(samples)):
@@ -79,16 +102,18 @@ def keys_of(seed: int, batch: Sequence[SampleIndex]) -> Tensor:
 
 
 class BatchAugmentation:
-    """(B, C, H, W) uint8 and the images' keys, on the CPU -> float32 in 0..1: crop, flip, policy, erasing."""
+    """(B, C, H, W) uint8 and the images' keys, on the CPU -> float32 in 0..1: crop, flip, policy, erasing.
 
-    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
-        if augmentation.geometry not in GEOMETRIES:
-            raise InputError(
-                f"augmentation.geometry {augmentation.geometry!r} needs the original images; with "
-                f"augmentation.on_device it must be {' or '.join(GEOMETRIES)}"
-            )
+    Raises `InputError` for a policy that is not computed on the device.
+
+    Args:
+        has_crops: whether the images are crops already.
+    """
+
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing, has_crops: bool) -> None:
         steps = train_transform(augmentation, preprocessing).transforms
-        self.augmentation = augmentation
+        self.is_flipped = augmentation.flip
+        self.border = 1 / 8 if augmentation.geometry == "pad" and not has_crops else 0.0  # share of the side
         self.policy = None
         if augmentation.auto_augment is not None:
             self.policy = RandomOperations(augmentation.auto_augment, steps)
@@ -96,7 +121,7 @@ class BatchAugmentation:
         self.erasing = erasing[0] if erasing else None
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        if self.augmentation.geometry == "pad" or self.augmentation.flip:
+        if self.border or self.is_flipped:
             images = self.crop_and_flip(images, uniform(keys, CROP, 3))
         if self.policy is not None:
             images = self.policy(images, keys, POLICY)
@@ -104,13 +129,13 @@ class BatchAugmentation:
         return floats if self.erasing is None else self.erase(floats, keys, self.erasing)
 
     def crop_and_flip(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Random crops of images with a black border of 1/8, as torchvision's RandomCrop, and random flips."""
+        """Random crops of images with a black border, as torchvision's RandomCrop, and random flips."""
         H, W = images.shape[-2:]
         top, left, flip = numbers.unbind(1)
-        border = (H // 8, W // 8) if self.augmentation.geometry == "pad" else (0, 0)
+        border = int(H * self.border), int(W * self.border)
         rows = torch.arange(H) + (top * (2 * border[0] + 1)).long()[:, None]  # (B, H)
         columns = torch.arange(W).expand(len(images), -1)
-        if self.augmentation.flip:
+        if self.is_flipped:
             columns = torch.where((flip < 0.5)[:, None], columns.flip(1), columns)
         columns = columns + (left * (2 * border[1] + 1)).long()[:, None]  # (B, W)
         images = pad(images, (border[1], border[1], border[0], border[0]))

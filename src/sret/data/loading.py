@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sret.data.augment import train_transform
+from sret.data.augment import crop_transform, train_transform
 from sret.data.config import Augmentation
 from sret.data.dataset import Samples
 from sret.data.preprocess import Preprocessing, name_of
@@ -40,6 +40,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, str]]):
 class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
     """Samples for training: (image, label, errors of images that could not be read, one per line).
 
+    If the augmentation is computed on the device, images are crops of 8-bit values, and not augmented yet.
     The augmentation is a function of the seed and the `SampleIndex` alone; it does not depend on the number of workers
     or on interruptions. An image that cannot be read is replaced by the next one that can; after more than
     `max_corrupt` in a row by a blank image, since so many errors end the run.
@@ -55,7 +56,8 @@ class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
     ) -> None:
         self.samples = samples
         self.preprocessing = preprocessing
-        self.transform = train_transform(augmentation, preprocessing)
+        self.is_cropped_only = augmentation.on_device
+        self.transform = (crop_transform if self.is_cropped_only else train_transform)(augmentation, preprocessing)
         self.seed = seed
         self.max_corrupt = max_corrupt
 
@@ -84,7 +86,8 @@ class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
 
     def blank(self) -> tuple[Tensor, Any]:
         """An image and a label of the right shapes."""
-        return blank_image(self.preprocessing), 0
+        image = blank_image(self.preprocessing)
+        return image.byte() if self.is_cropped_only else image, 0
 
 
 def blank_image(preprocessing: Preprocessing) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from sret.checkpoints.adapt import find_source, transfer_file
 from sret.data.config import Augmentation
 from sret.data.dataset import ImageData
-from sret.data.device_data import DeviceLoader
+from sret.data.device_data import CropLoader, DeviceLoader, fit_on_device
 from sret.data.loading import ImageDataset, TrainDataset
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, balanced_uses
@@ -42,6 +42,7 @@ from sret.version import versions
 
 MAX_IMBALANCE = 5  # images of the largest class over those of the smallest; more cause a warning
 MAX_UNUSED_SHARE = 0.2  # of the images, in an epoch; more cause a warning
+TrainLoader = DataLoader[Any] | DeviceLoader | CropLoader
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Setup:
     recipe: dict[str, Any]
     versions: dict[str, Any]
     batches: EpochBatches
-    train_loader: DataLoader[Any] | DeviceLoader
+    train_loader: TrainLoader
     val_loader: DataLoader[Any]
     model: SReT
     net: nn.Module
@@ -120,9 +121,10 @@ class Setup:
 
     def close(self) -> None:
         """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
-        if (iterator := getattr(self.train_loader, "_iterator", None)) is not None:
-            iterator._shutdown_workers()
-            self.train_loader._iterator = None  # type: ignore[union-attr]
+        loader = self.train_loader.loader if isinstance(self.train_loader, CropLoader) else self.train_loader
+        if isinstance(loader, DataLoader) and loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            loader._iterator = None
 
 
 def prepare(
@@ -245,7 +247,7 @@ def make_loaders(
     augmentation: Augmentation,
     runtime: RuntimeConfig,
     accelerator: Accelerator,
-) -> tuple[DataLoader[Any] | DeviceLoader, DataLoader[Any]]:
+) -> tuple[TrainLoader, DataLoader[Any]]:
     """Loaders of the training images, in the order of `batches`, and of the validation images."""
     loading: dict[str, Any] = {
         **worker_options(runtime.num_workers),
@@ -254,11 +256,12 @@ def make_loaders(
     }
     val_batch_size = max(1, batches.batch_size // accelerator.num_processes)
     val_loader = accelerator.prepare(DataLoader(val_set, val_batch_size, **loading))
-    if augmentation.on_device:
-        device = accelerator.device
-        return DeviceLoader(train_set.samples, train_set.preprocessing, augmentation, batches, device), val_loader
+    samples, preprocessing, device = train_set.samples, train_set.preprocessing, accelerator.device
+    if augmentation.on_device and fit_on_device(samples, preprocessing, augmentation):
+        return DeviceLoader(samples, preprocessing, augmentation, batches, device), val_loader
     workers = {"persistent_workers": runtime.num_workers > 0, **loading}
-    return DataLoader(train_set, batch_sampler=batches, **workers), val_loader
+    loader = DataLoader(train_set, batch_sampler=batches, **workers)
+    return CropLoader(loader, augmentation, batches, device) if augmentation.on_device else loader, val_loader
 
 
 def make_model(
