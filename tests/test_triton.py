@@ -18,6 +18,7 @@ from triton_offline import launches_of_a_pass, recorded_launches
 
 from sret import SReT
 from sret.kernels.gpu.dispatch import refusal, shared_packing, triton_kernels
+from sret.kernels.gpu.mlp import PackedMlp
 from sret.layers import Block, NonLinearProjection
 from sret.layers.block import one_pass
 from sret.layers.gpu_path import gpu_path
@@ -127,6 +128,22 @@ def test_changed_weights_are_packed_anew():
         with triton_kernels(False):
             expected = residual(x)
     torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_cuda_graph_packs_weights_that_may_change(is_fused, monkeypatch):
+    residual, x = MlpResidual(16, 1.0).eval(), torch.randn(1, 16, 16)
+    if is_fused:
+        residual.fold()
+    with torch.no_grad():
+        residual(x)
+        packs = []
+        monkeypatch.setattr(PackedMlp, "of", lambda *args, of=PackedMlp.of: packs.append(args) or of(*args))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            residual(x)
+    assert len(packs) == (0 if is_fused else 2)
 
 
 def test_a_pass_is_three_kernels_without_gradients_and_five_with_as_many_for_backward():

@@ -121,6 +121,7 @@ class AttentionResidual(LearnableResidual):
             self,
             dtype,
             lambda: PackedAttention.of(self.norm, attn.qkv, attn.proj, attn.num_heads, self.branch_factor(), dtype),
+            is_constant=self.is_folded,
         )
 
     def scaled_branch(self, x: Tensor, num_groups: int = 1, permutation: Permutation | None = None) -> Tensor:

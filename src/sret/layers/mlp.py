@@ -67,7 +67,10 @@ class MlpResidual(LearnableResidual):
 
         mlp, dtype = self.branch, dispatch.compute_dtype(x, self.branch.fc1.weight)
         return dispatch.packed(
-            self, dtype, lambda: PackedMlp.of(self.norm, mlp.fc1, mlp.fc2, self.branch_factor(), dtype)
+            self,
+            dtype,
+            lambda: PackedMlp.of(self.norm, mlp.fc1, mlp.fc2, self.branch_factor(), dtype),
+            is_constant=self.is_folded,
         )
 
     def scaled_branch(self, x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class LearnableResidual(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1)) if has_alpha else None
         self.beta = nn.Parameter(torch.ones(1)) if coefficients.is_learnable else None
         self.scale = coefficients.scale
+        self.is_folded = False
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) -> (B, N, C); further arguments go to the branch."""
@@ -127,7 +128,11 @@ class LearnableResidual(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Folds the branch's coefficient into the branch's last layer, and s into alpha, if that layer is plain."""
+        """Folds the branch's coefficient into the branch's last layer, and s into alpha, if that layer is plain.
+
+        The weights must not change any more.
+        """
+        self.is_folded = True
         last, alpha, beta = self.last_layer(), self.stream_factor(), self.branch_factor()
         if beta is None or last is None or not is_plain(last):
             return

@@ -112,15 +112,18 @@ def _shared_packing() -> Iterator[None]:
         _current = outer
 
 
-def packed(module: nn.Module, dtype: torch.dtype, pack: Callable[[], Packed]) -> Packed:
-    """What `pack` makes of the weights of `module` for products in `dtype`; made anew when a weight has changed."""
-    has_trained = any(p.requires_grad for p in module.parameters())
+def packed(module: nn.Module, dtype: torch.dtype, pack: Callable[[], Packed], is_constant: bool) -> Packed:
+    """What `pack` makes of the weights of `module` for products in `dtype`; made anew when a weight has changed.
+
+    `is_constant` says that the weights stay as they are, so that a CUDA graph may contain packed ones.
+    """
+    is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
     is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if has_trained and (torch.is_grad_enabled() or is_captured):
+    if is_differentiable or (is_captured and not is_constant):
         # In a CUDA graph the packed weights must be computed by the graph, so that replays see changed weights.
         if _current is None:
             return pack()
-        key = module, (dtype, torch.is_grad_enabled())
+        key = module, (dtype, is_differentiable)
         if key not in _current:
             _current[key] = pack()
         return _current[key]
