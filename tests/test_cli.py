@@ -146,7 +146,7 @@ def one_line(err: str) -> str:
             "epochs: must be a whole number > 0; given many",
         ),
         (["train", "--config", DIGITS, "--out", "x", "--model.num_head", "3"], "ModelConfig has no field 'num_head'"),
-        (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "token(s) cannot form 4 slices"),
+        (["train", "--config", DIGITS, "--out", "x", "--model.img_size", "4"], "1 token cannot form 4 slices"),
         (["train", "--config", IMAGENET, "--out", "x", "--model", "sret_x"], "unknown model 'sret_x'"),
         (
             ["train", "--config", DIGITS, "--out", "x", "--model", "sret_t"],
@@ -203,7 +203,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, sret, tmp_p
         (("epochs:", "epoch:"), "unknown option 'epoch'; did you mean 'epochs'?"),
         (("img_size:", "image_size:"), "ModelConfig has no field 'image_size'"),
         (("num_heads: 2", "num_head: 2"), "did you mean 'num_heads'?"),
-        (("groups: [4, 2]", "groups: [400, 2]"), "64 token(s) cannot form 400 slices; try at most 64"),
+        (("groups: [4, 2]", "groups: [400, 2]"), "64 tokens cannot form 400 slices; try at most 64"),
         (("drop_path_rate: 0.05", "drop_path_rate: 5"), "drop_path_rate is 5; it must be a number "),
         (("epochs: 60", "epochs: ["), "Problems parsing config"),
         (("img_size: 32", "img_size: big"), "img_size 'big' is not a number of pixels"),

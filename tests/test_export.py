@@ -360,7 +360,7 @@ def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
         (["M", "m.onnx", "--data", "nowhere"], "no data 'nowhere'"),
         (
             ["M", "m.onnx", "--img_size", "16"],
-            "stage 1 at 16x16 pixels: groups (8, 2), pass 1: 4 token(s) cannot form",
+            "stage 1 at 16x16 pixels: groups (8, 2), pass 1: 4 tokens cannot form",
         ),
         (["M", "m.onnx", "--img_size", "[64,0]"], "img_size (64, 0) is not a number of pixels"),
         (["M", "m.onnx", "--samples", "0"], "samples"),

@@ -77,8 +77,8 @@ def describe_lost_worker(error: BaseException) -> str | None:
     signs = ("</torch_", "killed by signal", "exited unexpectedly")  # of torch's DataLoader
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs):
         return (
-            "a process that loads images was stopped: memory or shared memory (/dev/shm) was full; use fewer "
-            "--num_workers (0 needs no shared memory), or more memory, such as docker run --shm-size 8g"
+            "a process that loads images was stopped, perhaps because memory or shared memory (/dev/shm) was full; use "
+            "fewer --num_workers (0 needs no shared memory), or more memory, such as docker run --shm-size 8g"
         )
     return None
 

@@ -162,7 +162,7 @@ def evaluate_on(
         if data_name is not None:
             raise
         raise InputError(
-            f"the training data of this checkpoint, {trained_on!r}, was not found; give images with --data ({error})"
+            f"the training data of this checkpoint, {trained_on!r}, cannot be loaded ({error}); give images with --data"
         ) from error
     card.check_classes(data.name, data.class_names)
     changed = describe_changes(known, data.fingerprint())
