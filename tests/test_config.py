@@ -22,7 +22,7 @@ def stage(**changes: object) -> StageConfig:
         ({"groups": 4}, "groups is 4; give the slices of each pass"),
         ({"groups": (2.0, 1)}, r"groups \(2.0, 1\): 2.0 slices in a pass; use whole numbers"),
         ({"embed_dim": 16.0}, "embed_dim is 16.0"),
-        ({"mlp_ratio": float("inf")}, "mlp_ratio inf of 16 channels"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio is inf; numbers are at most"),
         ({"mlp_ratio": 0.01}, "mlp_ratio 0.01 of 16 channels is not"),
         ({"projection_ratio": 0.0}, "projection_ratio 0.0 of 16 channels"),
     ],

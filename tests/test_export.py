@@ -28,7 +28,7 @@ from sret.data.preprocess import Preprocessing
 from sret.export import export as exporting
 from sret.export.export import export, export_model
 from sret.export.onnx import to_onnx
-from sret.export.runtime import Exported, load_exported, load_model
+from sret.export.runtime import Exported, load_exported, load_model, seal
 from sret.export.verify import Comparison, compare
 from sret.inference.predict import predict
 
@@ -430,16 +430,18 @@ def test_files_that_are_not_ours_are_refused(suffix, exports, tmp_path, sret):  
     spoilt = whole.replace(b'\\"config\\"', b'\\"konfig\\"').replace(b"&quot;config&quot;", b"&quot;konfig&quot;")
     spoilt = spoilt.replace(b'{"config":', b'{"konfig":')
     cases = [
-        (whole[: len(whole) // 2], "truncated|not an OpenVINO model"),
-        (b"", "truncated|not an OpenVINO model"),
-        (b"hello", "cannot load it|not an OpenVINO model"),
-        (b"<html></html>", "cannot load it|not an OpenVINO model"),
+        (whole[: len(whole) // 2], "truncated|is damaged"),
+        (b"", "truncated"),
+        (b"<html></html>", "without the metadata that `sret export` writes"),
         (foreign, "without the metadata that `sret export` writes"),
         (spoilt, "its metadata cannot be read by this version of sret"),
+        (whole + b" ", "is damaged"),
     ]
     for content, message in cases:
         path.write_bytes(content)
         path.with_suffix(".bin").write_bytes(weights)
+        if content in (foreign, spoilt):
+            seal(path)
         assert content != whole
         for command in (["predict", "a.png", "--checkpoint", path], ["eval", "--checkpoint", path], ["info", path]):
             code, out, err = sret(*command)
@@ -463,7 +465,7 @@ def test_an_xml_answers_with_its_own_weights_alone(exports, tmp_path):
         load_exported(path)
     for content in (weights[:-100], weights[:1000] + b"\1\2\3\4" + weights[1004:]):
         path.with_suffix(".bin").write_bytes(content)
-        with pytest.raises(InputError, match=r"not the weights of m.xml|truncated"):
+        with pytest.raises(InputError, match=r"m.xml or m.bin is damaged, or of another export"):
             load_exported(path)
     path.with_suffix(".bin").write_bytes(weights)
     load_exported(path)

@@ -295,7 +295,7 @@ def test_nothing_of_another_run_is_overwritten(whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(InputError, match=r"the loss became (nan|inf) at step \d+ \(epoch \d\).*lower learning_rate"):
-        train(replace(RECIPE, learning_rate=1e12, warmup_epochs=0, epochs=8), tmp_path / "run")
+        train(replace(RECIPE, learning_rate=1e9, warmup_epochs=0, epochs=8), tmp_path / "run")
 
 
 def spoil(monkeypatch, in_step: int) -> None:

@@ -37,6 +37,8 @@ def did_you_mean(name: str, choices: Iterable[str], prefix: str = "") -> str:
     Args:
         prefix: written before the choice, such as the dashes of an option.
     """
+    if len(name) > 100:  # comparing takes quadratic time
+        return ""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {prefix + close[0]!r}?" if close else ""
 

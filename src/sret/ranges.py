@@ -2,7 +2,9 @@
 
 import os
 import re
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -18,6 +20,7 @@ from sret.errors import InputError
 
 __all__ = [
     "MAX_CLASSES",
+    "MAX_NUMBER",
     "BelowOne",
     "Channels",
     "Classes",
@@ -32,11 +35,14 @@ __all__ = [
     "Workers",
     "check_fields",
     "check_number",
+    "check_size",
     "describe_range",
+    "fits",
 ]
 
 BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 # Larger numbers are typing errors, or files that would need too much memory.
+MAX_NUMBER = 2**31 - 1
 MAX_CLASSES = 1_000_000
 Channels = restricted_number_type("Channels", int, [(">", 0), ("<=", 65536)])
 Classes = restricted_number_type("Classes", int, [(">=", 0), ("<=", MAX_CLASSES)])
@@ -47,9 +53,10 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**31)])
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Checks the fields of a dataclass that are numbers within a range, a `Literal` or a bool.
+    """Checks the values of a dataclass against the types of its fields, with ranges of numbers.
 
-    Numbers become plain `int` and `float`. Raises `InputError` naming the first field with a wrong value.
+    Numbers become plain `int` and `float`, and text becomes a `Path` where one is expected. Raises `InputError` naming
+    the first field with a wrong value.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -67,6 +74,39 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 check_number(f"{prefix}{name}", value, kind)
                 # The command line passes instances of these types, which a file of plain values cannot hold.
                 object.__setattr__(config, name, int(value) if isinstance(value, int) else float(value))
+            if kind is Path and isinstance(value, str):
+                value = Path(value)
+                object.__setattr__(config, name, value)
+        if not fits(value, hint):
+            raise InputError(f"{prefix}{name} is {value!r}; it must be {_describe_type(hint)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, with what it contains, is of a type such as `dict[str, tuple[int, ...]] | None`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if hint in (int, float) or hasattr(hint, "_restrictions"):
+        is_number = isinstance(value, int if getattr(hint, "_type", hint) is int else (int, float))
+        return is_number and not isinstance(value, bool)
+    if not isinstance(value, origin or hint):
+        return False
+    if origin is dict:
+        return all(fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items())
+    if origin is list or inner[1:] == (...,):
+        return all(fits(one, inner[0]) for one in value)
+    return len(inner) == len(value) and all(map(fits, value, inner)) if origin is tuple else True
+
+
+def _describe_type(hint: Any) -> str:
+    words = {str: "text", dict: "a mapping", list: "a list", tuple: "a list", Path: "a path", type(None): "null"}
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    origins = [get_origin(kind) or kind for kind in kinds]
+    return " or ".join(words.get(origin, getattr(origin, "__name__", str(origin))) for origin in origins)
 
 
 def describe_range(number: Any) -> str:
@@ -77,11 +117,17 @@ def describe_range(number: Any) -> str:
 
 
 def check_number(name: str, value: object, number: Any) -> None:
-    """Raises `InputError` if a value is not a number of one of the types above."""
-    kinds = int if number._type is int else (int, float)
+    """Raises `InputError` if a value is not a number of one of the types above, or larger than `MAX_NUMBER`."""
     try:
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not fits(value, number):
             raise ValueError
         number(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(f"{name} is {value!r}; it must be {describe_range(number)}") from None
+    check_size(name, value)
+
+
+def check_size(name: str, value: object) -> None:
+    """Raises `InputError` for a number that is infinite or that large that it can only be an error."""
+    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+        raise InputError(f"{name} is {value!r}; numbers are at most {MAX_NUMBER:,}")

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import timm
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -31,6 +30,7 @@ from sret.export.runtime import Exported, load_model, run_onnx
 from sret.models.cost import model_cost
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
+from sret.safe_yaml import read_yaml
 
 Source = str | nn.Module | Callable[[], nn.Module]
 Run = Callable[[], Tensor]
@@ -166,7 +166,7 @@ def _from_timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict
     pairs = [option.partition("=") for option in text.split(",") if option]
     if not all(equals for _, equals, _ in pairs):
         raise InputError(f"{name}: write options as {variant}:name=value,name=value")
-    options = {key: yaml.safe_load(value) for key, _, value in pairs}
+    options = {key: read_yaml(value) for key, _, value in pairs}
     if "img_size" in options and size:
         raise InputError(f"{name}: give img_size or --img-size, not both")
     try:

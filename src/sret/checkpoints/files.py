@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,8 +39,13 @@ def read_pickle(path: str | os.PathLike[str], content: BinaryIO | None = None) -
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
+        _check_archive(content or path, os.path.getsize(path))  # `content` is a part of this file
         with torch.serialization.safe_globals([argparse.Namespace]):
+            if content is not None:
+                content.seek(0)
             found = torch.load(content or path, map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
@@ -47,6 +53,20 @@ def read_pickle(path: str | os.PathLike[str], content: BinaryIO | None = None) -
     if not isinstance(found, dict):
         raise InputError(f"{path}: contains a {type(found).__name__}, not a checkpoint")
     return found
+
+
+def _check_archive(file: str | os.PathLike[str] | BinaryIO, size: int) -> None:
+    """Raises `InputError` for a zip file whose members have wrong checksums, which torch does not compare.
+
+    Also if they are larger than the file: a small one could fill the memory.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            stored = sum(member.file_size for member in archive.infolist())
+            if stored > size:
+                raise InputError("refused, it is compressed, which torch.save does not do")
+            if (name := archive.testzip()) is not None:
+                raise InputError(f"damaged, the checksum of {name} is wrong")
 
 
 def _refusal(path: str | os.PathLike[str]) -> str:

@@ -26,6 +26,7 @@ from sret.layers.position import resize
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
 from sret.models.variants import PUBLISHED, config_of
+from sret.ranges import fits
 
 _STEM = {f"patch_embed.{name}.": f"stem.{name}." for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
 _BLOCK = {
@@ -169,9 +170,14 @@ def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
     """
     content = read_pickle(path)
     state_dict = content.get("model", content)
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not fits(state_dict, dict[str, Tensor]):
         raise InputError(f"{path}: no state dict under 'model'; the file has {', '.join(map(str, list(content)[:8]))}")
-    return state_dict, getattr(content.get("args"), "model", None)
+    if views := [
+        key for key, x in state_dict.items() if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()
+    ]:
+        raise InputError(f"{path}: refused, {first_few(views)} have more values than the file")
+    trained_as = getattr(content.get("args"), "model", None)
+    return state_dict, trained_as if isinstance(trained_as, str) else None
 
 
 def identify(state_dict: Mapping[str, Tensor], hint: str) -> str:
@@ -219,8 +225,9 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
         if variant is None:
             variant = identify(state_dict, f"{trained_as or ''} {Path(path).name}")
         config = matching_config(config_of(variant), state_dict)
+        ours = from_official(state_dict, config)  # checks the shapes, before a model takes memory
         model = SReT(config)
-        model.load_state_dict(from_official(state_dict, config))
+        load_strictly(model, ours)
     return model.eval()
 
 

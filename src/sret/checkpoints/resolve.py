@@ -72,7 +72,7 @@ def is_name(source: str | os.PathLike[str]) -> bool:
 
 def _is_ours(path: Path) -> bool:
     """Whether `load_weights` can read it, or gives the best error for it."""
-    if path.is_dir() or path.suffix in (".safetensors", *ENGINES):
+    if not path.is_file() or path.suffix in (".safetensors", *ENGINES):  # reading a pipe would block
         return True
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"  # a safetensors file under another name

@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sret.cli.messages import normalize_options, shorten_error
-from sret.errors import InputError, InputWarning, describe_lost_worker, did_you_mean, printable
+from sret.errors import (
+    InputError,
+    InputWarning,
+    describe_lost_worker,
+    did_you_mean,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 from sret.version import __version__
 
 # Each is a module of sret.cli.commands, imported only when the command runs.
@@ -38,6 +46,9 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "pyarrow"), "data"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino"), "export"),
 }
+
+LONGEST_MESSAGE = 1200  # characters; the middle of a longer one is left out
+OUT_OF_MEMORY = "memory ran out; use a smaller --batch_size, a smaller image size or a smaller model"
 
 # At exit the garbage collector would search the millions of objects of torch and timm, which takes a second or two.
 atexit.register(gc.freeze)
@@ -73,14 +84,18 @@ def _main(argv: Sequence[str]) -> int:
             text = f"{os.fspath(error.filename)}: {error.strerror}"  # without Python's [Errno 2]
         if text.startswith("Caught "):  # from a process that loads images: the message follows a traceback
             text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"sret: error: {printable(' '.join(text.split()))}", file=sys.stderr)
+        text = printable(" ".join(text.split()))
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+        print(f"sret: error: {text}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "", "train")
         print(f"sret: error: this command needs {error.name}; run: pip install 'sret[{extra}]'", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if (advice := describe_lost_worker(error)) is None:
+    except (RuntimeError, MemoryError) as error:
+        advice = OUT_OF_MEMORY if is_out_of_memory(error) else describe_lost_worker(error)
+        if advice is None:
             raise
         with suppress(AttributeError, ValueError):  # torch's handler would raise again for each process that ends
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -127,12 +142,16 @@ def _command_name(argv: Sequence[str]) -> str:
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_loader
 
     from sret.cli.help import HelpFormatter
+    from sret.ranges import check_size
+    from sret.safe_yaml import read_yaml
 
     command = importlib.import_module(f"sret.cli.commands.{name.replace('-', '_')}")
+    set_loader("sret", read_yaml, (InputError,))
     parser = ArgumentParser(
+        parser_mode="sret",
         prog=f"sret {name}",
         exit_on_error=False,
         allow_abbrev=False,
@@ -142,13 +161,20 @@ def _run(name: str, argv: Sequence[str]) -> int:
     command.add_arguments(parser)
     try:
         arguments = parser.parse_args(normalize_options(argv))
+        for option, value in vars(arguments.as_flat()).items():
+            check_size(option, value)
+        arguments = parser.instantiate(arguments)
+    except InputError:
+        raise
     except ArgumentError as error:
         options = [action.dest for action in parser._actions] + getattr(command, "NESTED_OPTIONS", [])
         positionals = {a.dest: str(a.metavar or a.dest) for a in parser._actions if not a.option_strings}
         raise InputError(shorten_error(str(error), options, positionals)) from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe is not a text file ({error})") from error
-    return command.run(parser.instantiate(arguments))
+    except Exception as error:  # jsonargparse passes on what odd values raise somewhere, such as OverflowError
+        raise InputError(f"these options or this recipe cannot be read: {first_line(error)}") from error
+    return command.run(arguments)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -4,16 +4,22 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from sret.errors import did_you_mean
+from sret.errors import InputError, did_you_mean
 
 
 def normalize_options(argv: Sequence[str]) -> list[str]:
-    """`--max-steps=3` becomes `--max_steps=3`; `--model NAME` becomes `--model.name NAME`, beside a recipe's fields."""
-    normal = []
+    """`--max-steps=3` becomes `--max_steps=3`; `--model NAME` becomes `--model.name NAME`, beside a recipe's fields.
+
+    Raises `InputError` for an empty value: as a path it would be the current folder. Often a shell variable is unset.
+    """
+    normal: list[str] = []
     for argument, following in zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
+        option = name if equals else next(iter(normal[-1:]), "")
+        if not (value if equals else name) and not option.endswith("global_pool"):
+            raise InputError(f"{option} has an empty value" if option.startswith("--") else "a name is empty")
         if name == "--model" and re.fullmatch(r"\w+", value if equals else following):
             name = "--model.name"
         normal.append(name + equals + value)
@@ -45,7 +51,7 @@ def shorten_error(message: str, options: Sequence[str], positionals: Mapping[str
         return _unknown_option(in_file or in_part or on_line, path, options)
     if required := re.search(r"the following arguments are required: (.*)", message):
         return _missing(required[1].split(", "), path, positionals or {})
-    if number := re.search(r"Not of type (\w+)", message):
+    if number := re.search(r"Not of type (?!Path)(\w+)", message):
         from sret import ranges  # jsonargparse takes a third of a second
 
         return f"{prefix}must be {ranges.describe_range(getattr(ranges, number[1]))}{_given(message)}"

@@ -14,6 +14,7 @@ from sret.data.dataset import Samples
 from sret.data.preprocess import Preprocessing, name_of
 from sret.data.sampler import SampleIndex, seeded
 from sret.errors import InputError, InputWarning, error_prefix, first_few
+from sret.memory import check_memory
 
 UNREADABLE = -1  # the label of an image that could not be read
 
@@ -93,6 +94,12 @@ class TrainDataset(Dataset[tuple[Tensor, Any, str]]):
 def blank_image(preprocessing: Preprocessing) -> Tensor:
     """Zeros of the shape of a preprocessed image."""
     return torch.zeros(len(preprocessing.mean), *preprocessing.img_size)
+
+
+def check_batch(preprocessing: Preprocessing, batch_size: int, num_images: int) -> None:
+    """Raises `InputError` if the images of a batch, of at most `num_images`, do not fit in memory."""
+    count, needed = min(batch_size, num_images), blank_image(preprocessing).nbytes
+    check_memory(f"a batch of {count:,} images", count * needed, "use a smaller --batch_size")
 
 
 class Unreadable:

@@ -5,8 +5,9 @@ import importlib.util
 import io
 import math
 import os
-import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision import transforms
 
+from sret.data.image_files import image_suffixes
 from sret.errors import InputError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -75,9 +77,11 @@ class Preprocessing:
 
         Raises `InputError` naming a file that is not an image.
         """
-        name = name_of(source)
-        if not isinstance(source, Image.Image):
-            source = _read(source, self.exif_orientation)
+        with _naming(source):
+            image = source if isinstance(source, Image.Image) else _read(source, self.exif_orientation)
+            return self._convert(image, name_of(source))
+
+    def _convert(self, source: Image.Image, name: str) -> Image.Image:
         if max(source.size) > MAX_ASPECT_RATIO * min(source.size):
             raise InputError(f"{name}: {source.width}x{source.height} pixels is too narrow to be resized")
         mode = _MODES[len(self.mean)]
@@ -128,9 +132,9 @@ def header(source: ImageSource) -> tuple[str, tuple[int, int]] | None:
     if isinstance(source, Image.Image):
         return source.mode, source.size
     try:
-        with Image.open(_file(source)) as image:
+        with Image.open(_file(source), formats=_formats()) as image:
             return image.mode, image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # decoders raise errors of any class
         return None
 
 
@@ -160,31 +164,45 @@ def _read(source: Path | Encoded, exif_orientation: bool) -> Image.Image:
     name, limit = name_of(source), _max_pixels()
     if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe would block
         raise InputError(f"{name}: {'a folder' if source.is_dir() else 'not a regular file'}")
-    register_heif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked here
+        image = Image.open(_file(source), formats=_formats())
+    with image:
+        width, height = image.size
+        while image.width * image.height > limit:  # JPEG can be decoded at a half, a quarter or an eighth
+            before = image.size
+            image.draft(None, (image.width // 2, image.height // 2))
+            if image.size == before:
+                raise InputError(
+                    f"{name}: {width}x{height} pixels are more than {limit:,}; resize it, or set SRET_MAX_PIXELS"
+                )
+        image.load()
+        if exif_orientation:
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+@contextmanager
+def _naming(source: ImageSource) -> Iterator[None]:
+    """Within this context any error becomes an `InputError` that names the image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked here
-            image = Image.open(_file(source))
-        with image:
-            width, height = image.size
-            while image.width * image.height > limit:  # JPEG can be decoded at a half, a quarter or an eighth
-                before = image.size
-                image.draft(None, (image.width // 2, image.height // 2))
-                if image.size == before:
-                    raise InputError(
-                        f"{name}: {width}x{height} pixels are more than {limit:,}; resize it, or set SRET_MAX_PIXELS"
-                    )
-            image.load()
-            if exif_orientation:
-                ImageOps.exif_transpose(image, in_place=True)
-            return image
+        yield
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: the image is too large ({error}); resize it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, ZeroDivisionError) as error:
-        is_there = isinstance(source, Encoded) or source.is_file()
-        raise InputError(f"{name}: {'not an image that can be read' if is_there else 'no such file'}") from error
+        raise InputError(f"{name_of(source)}: the image is too large ({error}); resize it") from error
+    except Exception as error:  # decoders raise errors of any class
+        is_there = not isinstance(source, Path) or source.is_file()
+        reason = "not an image that can be read" if is_there else "no such file"
+        raise InputError(f"{name_of(source)}: {reason}") from error
+
+
+@cache
+def _formats() -> list[str]:
+    """Pillow's names of the formats of `image_suffixes`. Pillow would also start other programs, for EPS."""
+    register_heif()
+    names = Image.registered_extensions()
+    return sorted({names[suffix] for suffix in image_suffixes() if suffix in names})
 
 
 @cache

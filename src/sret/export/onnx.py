@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sret.export.runtime import NAMESPACE, ExportMetadata
+from sret.export.runtime import NAMESPACE, ExportMetadata, seal
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
 
@@ -74,3 +74,4 @@ def write_onnx(proto: Any, metadata: ExportMetadata, path: Path) -> None:
     for name, text in asdict(metadata).items():
         proto.metadata_props.add(key=f"{NAMESPACE}.{name}", value=text)
     path.write_bytes(proto.SerializeToString())
+    seal(path)

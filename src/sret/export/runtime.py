@@ -6,7 +6,9 @@
 The metadata of both hold the fields of `ExportMetadata`, among them the card of a weights file.
 """
 
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,12 +23,15 @@ from torch import Tensor, nn
 from sret.checkpoints.card import Card, read_card
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
-from sret.errors import InputError
-from sret.files import sha256_of
+from sret.errors import InputError, first_line
+from sret.files import write_atomically
 from sret.models.sret import SReT
 
 DTYPES = ("float32", "bfloat16", "int8")
 NAMESPACE = "sret"  # prefix of our names in the metadata of a file
+# The digest in the metadata of a file: in ONNX, where 18 and 64 precede a text of 64 bytes; in OpenVINO's XML.
+_DIGEST = re.compile(rb'(sret\.digest\x12@|<digest value=")([0-9a-f]{64})')
+NO_DIGEST = "0" * 64
 
 # OpenVINO 2026.4 crashes if the garbage collector frees its objects in another order than they were created. Therefore
 # they are kept until the process ends (docs/log.md).
@@ -43,13 +48,13 @@ class ExportMetadata:
         card: a `Card` in JSON.
         dtype: "float32"; "bfloat16", in which OpenVINO computes; or "int8", in which matrix products are computed.
         version: the version of sret that wrote the file.
-        weights: SHA-256 of the .bin file beside an .xml file; empty in ONNX.
+        digest: SHA-256 of the file, with zeros in place of the digest, and of the .bin file beside an .xml file.
     """
 
     card: str
     dtype: str
     version: str
-    weights: str = ""
+    digest: str = NO_DIGEST
 
 
 class Exported(nn.Module):
@@ -73,7 +78,12 @@ class Exported(nn.Module):
         if tuple(x.shape[1:]) != expected or not len(x):
             wanted = ", ".join(map(str, expected))
             raise InputError(f"images have shape {tuple(x.shape)}; this exported model takes (batch, {wanted})")
-        logits = self._run(x.detach().to("cpu", torch.float32).contiguous().numpy())
+        try:
+            logits = self._run(x.detach().to("cpu", torch.float32).contiguous().numpy())
+        except Exception as error:  # the engines raise errors of many classes
+            raise InputError(f"{self.engine} cannot compute the outputs: {first_line(error)}") from error
+        if logits.shape != (len(x), self.num_classes) or logits.dtype != np.float32:
+            raise InputError(f"the outputs have shape {logits.shape}; the model has {self.num_classes} classes")
         return torch.from_numpy(logits).to(x.device)
 
 
@@ -95,10 +105,34 @@ def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> t
         raise InputError(f"{path}: the name of an exported model ends in {' or '.join(ENGINES)}")
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
+        raise InputError(f"{path.with_suffix('.bin')}: no such file; {path.name} needs its weights in this file")
+    digest, expected = _digests(path)
+    if digest != expected:
+        parts = path.name if path.suffix == ".onnx" else f"{path.name} or {path.stem}.bin"
+        raise InputError(f"{path}: {parts} is damaged, or of another export; export the model again")
     load = _load_onnx if path.suffix == ".onnx" else _load_openvino
     run, metadata = load(path, threads or torch.get_num_threads())
     card = read_card(path, metadata.card)
     return Exported(run, card, ENGINES[path.suffix], metadata.dtype), card
+
+
+def seal(path: Path) -> None:
+    """Writes the digest of a file into its metadata."""
+    content, digest = path.read_bytes(), _digests(path)[1].encode()
+    write_atomically(path, _DIGEST.sub(lambda match: match[1] + digest, content, count=1))
+
+
+def _digests(path: Path) -> tuple[str, str]:
+    """The digest in an exported file, and the one that it should have. Raises `InputError` for a file without one."""
+    content = path.read_bytes()
+    match = _DIGEST.search(content)
+    if match is None:
+        raise InputError(f"{path}: without the metadata that `sret export` writes, or truncated")
+    digest = hashlib.sha256(content[: match.start(2)] + NO_DIGEST.encode() + content[match.end(2) :])
+    if path.suffix == ".xml":
+        digest.update(path.with_suffix(".bin").read_bytes())
+    return match[2].decode(), digest.hexdigest()
 
 
 def import_openvino() -> ModuleType:
@@ -133,17 +167,14 @@ def _load_onnx(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
 
     try:
         session = _onnx_session(str(path), threads)
+        name = session.get_inputs()[0].name
     except Exception as error:  # its errors have no common class
-        raise InputError(f"{path}: ONNX Runtime cannot load it; the file may be truncated ({error})") from error
+        raise InputError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from error
     metadata = _metadata_of(path, session.get_modelmeta().custom_metadata_map)
-    name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})[0], metadata
 
 
 def _load_openvino(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
-    weights = path.with_suffix(".bin")
-    if not weights.is_file():
-        raise InputError(f"{weights}: no such file; {path.name} needs its weights in this file")
     with path.open("rb") as file:
         if b"<net " not in file.read(200):  # OpenVINO would try all formats that it knows, and print long messages
             raise InputError(f"{path}: not an OpenVINO model")
@@ -151,12 +182,10 @@ def _load_openvino(path: Path, threads: int) -> tuple[Run, ExportMetadata]:
     core = openvino.Core()
     try:
         model = core.read_model(path)
-    except RuntimeError as error:
-        raise InputError(f"{path}: OpenVINO cannot load it; the file may be truncated ({last_line(error)})") from error
+    except Exception as error:  # its errors have no common class
+        raise InputError(f"{path}: OpenVINO cannot load it ({last_line(error)})") from error
     names = [name for name in ExportMetadata.__dataclass_fields__ if model.has_rt_info([NAMESPACE, name])]
     metadata = _metadata_of(path, {f"{NAMESPACE}.{name}": model.get_rt_info([NAMESPACE, name]).value for name in names})
-    if sha256_of(weights) != metadata.weights:
-        raise InputError(f"{weights}: not the weights of {path.name}, or damaged; export the model again")
     return openvino_runner(core, model, _openvino_options(metadata.dtype, threads)), metadata
 
 
@@ -192,6 +221,8 @@ def _metadata_of(path: Path, found: Mapping[str, Any]) -> ExportMetadata:
     values = {name: str(found.get(f"{NAMESPACE}.{name}", "")) for name in ExportMetadata.__dataclass_fields__}
     if not values["card"]:
         raise InputError(f"{path}: an {ENGINES[path.suffix]} model without the metadata that `sret export` writes")
+    if values["dtype"] not in DTYPES:
+        raise InputError(f"{path}: dtype {values['dtype']!r} is not one of {', '.join(DTYPES)}")
     return ExportMetadata(**values)
 
 

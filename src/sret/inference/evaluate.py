@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sret.checkpoints.card import Card
 from sret.data.dataset import ImageData, Samples
-from sret.data.loading import UNREADABLE, ImageDataset, Unreadable
+from sret.data.loading import UNREADABLE, ImageDataset, Unreadable, check_batch
 from sret.data.preprocess import Normalized
 from sret.data.sources import load_data
 from sret.data.workers import worker_options
@@ -176,6 +176,7 @@ def evaluate_on(
         is_foreign = not (is_own or data.has_splits)
         split = "all" if is_foreign else "test" if "test" in data.splits else "val"
     samples = data.split(split)
+    check_batch(card.preprocessing, batch_size, len(samples))
     loader = DataLoader(ImageDataset(samples, card.preprocessing), batch_size, **worker_options(num_workers))
     net, loader = model.to(accelerator.device), accelerator.prepare(loader)
     result = evaluate(Normalized(net, card.preprocessing), loader, accelerator, Unreadable(max_corrupt))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sret.data.dataset import Samples
-from sret.data.loading import UNREADABLE, ImageDataset
+from sret.data.loading import UNREADABLE, ImageDataset, check_batch
 from sret.data.preprocess import Preprocessing, name_of
 from sret.data.workers import worker_options
 from sret.errors import InputError
@@ -70,6 +70,7 @@ def features_of(
     net = _Pooled(model.eval(), preprocessing)
     device = next(model.parameters()).device
     done = 0
+    check_batch(preprocessing, batch_size, len(samples))
     loader = DataLoader(ImageDataset(samples, preprocessing), batch_size, **worker_options(num_workers))
     for images, labels, errors in loader:
         values = net(images.to(device)).float().cpu()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from sret.checkpoints.card import Card
 from sret.data.dataset import Samples
 from sret.data.image_files import find_image_files, image_suffixes, warn_of_skipped
-from sret.data.loading import UNREADABLE, ImageDataset
+from sret.data.loading import UNREADABLE, ImageDataset, check_batch
 from sret.data.preprocess import Normalized
 from sret.data.workers import worker_options
 from sret.errors import InputError
@@ -92,6 +92,7 @@ def predict(
         )
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has no parameters
     net = Normalized(model, card.preprocessing)
+    check_batch(card.preprocessing, batch_size, len(paths))
     images_of = ImageDataset(Samples(paths, [0] * len(paths)), card.preprocessing)
     done = 0
     for images, labels, errors in DataLoader(images_of, batch_size, **worker_options(num_workers)):

@@ -49,13 +49,13 @@ class StageConfig:
     projection_ratio: NonNegativeFloat | None = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
         object.__setattr__(self, "groups", tuple(self.groups))
         for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are equal
             if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
                 raise InputError(f"groups {self.groups}: {num_groups!r} slices in a pass; use whole numbers >= 1")
+        check_fields(self)
         if self.embed_dim % self.num_heads:
             raise InputError(
                 f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "

@@ -29,7 +29,9 @@ from sret.layers import (
     Recursion,
     ReversibleRecursion,
 )
+from sret.memory import check_memory
 from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig, num_stem_maps
+from sret.models.cost import model_cost
 from sret.models.timm_cfg import timm_cfg
 from sret.models.variants import architecture_of
 
@@ -112,6 +114,8 @@ class SReT(nn.Module):
 
     def __init__(self, config: ModelConfig, stem_features: bool = False) -> None:
         super().__init__()
+        if torch.get_default_device().type == "cpu":
+            check_memory("the weights", model_cost(config).bytes, "use fewer blocks, channels, classes or pixels")
         self.config = config
         self.num_classes = config.num_classes
         self.in_chans = config.in_chans

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +101,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", self.data.rstrip("/") or "/")  # photos/ is photos
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", self.data.rstrip("/") or self.data[:1])  # photos/ is photos
         object.__setattr__(self, "freeze", _tuple(self.freeze))
         name = self.model.get("name", "") if isinstance(self.model, dict) else ""
         if not (self.model and isinstance(self.model, ModelConfig | dict | str) and isinstance(name, str)):
@@ -180,8 +181,6 @@ class RuntimeConfig:
             memory.
         compile: compile one pass of each stage first, which takes one or two minutes and needs a C++ compiler. Steps
             then need less time and memory.
-        cuda_graph: replay forward and backward as one CUDA graph from the fourth step on, so that kernels do not wait
-            for their launches; for one process on an NVIDIA GPU.
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP).
         max_corrupt: number of unreadable images that may be skipped; each is replaced by the next image.
         save_every: also save the state after this many steps. By default it is saved after each epoch.
@@ -191,7 +190,6 @@ class RuntimeConfig:
     num_workers: Workers = 0
     grad_accum_steps: PositiveInt = 1
     compile: bool = False
-    cuda_graph: bool = False
     fsdp: bool = False
     max_corrupt: NonNegativeInt = 0
     save_every: PositiveInt | None = None
@@ -204,12 +202,11 @@ class RuntimeConfig:
             raise InputError(
                 "compile and fsdp cannot be used together, since FSDP gathers weights between passes; set one to false"
             )
-        if self.cuda_graph and (self.compile or self.fsdp or self.grad_accum_steps > 1):
-            raise InputError("cuda_graph cannot be used with compile, fsdp or grad_accum_steps; set it to false")
 
 
-def _tuple(names: Sequence[str] | str) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _tuple(names: Any) -> Any:
+    """Names as a tuple; values of other types, which are refused later, stay as they are."""
+    return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
 
 
 def resume_key(recipe: Mapping[str, Any]) -> dict[str, Any]:

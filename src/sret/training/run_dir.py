@@ -11,14 +11,27 @@ from sret.checkpoints.state import digest_of_state, load_state, save_state
 from sret.data.dataset import ImageData
 from sret.errors import InputError, describe_changes, first_few
 from sret.files import sha256_of, write_atomically
+from sret.ranges import fits
 from sret.training.config import TrainConfig, resume_key
 
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
 REPORT = "report.png"
 CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
-STATE_KEYS = {
-    *("config", "sources", "step", "total_steps", "sums", "rows", "best", "best_predictions", "unreadable"),
-    *("model", "ema", "optimizer", "scaler"),
+Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
+STATE_TYPES: dict[str, Any] = {
+    "config": dict[str, Plain],
+    "sources": dict[str, Plain],
+    "step": int,
+    "total_steps": int,
+    "sums": dict[str, float],
+    "rows": list[dict[str, float]],
+    "best": dict[str, float] | None,
+    "best_predictions": dict[str, Tensor] | None,
+    "unreadable": list[str],
+    "model": dict[str, Tensor],
+    "ema": dict[str, Tensor] | None,
+    "optimizer": dict[str, Any],
+    "scaler": dict[str, float] | None,
 }
 
 
@@ -47,10 +60,12 @@ def find_state(
             raise InputError(f"{out} has {', '.join(present)} of another run, but no state; choose another --out")
         return None
     state = load_state(out / STATE)
-    if state.get("step") == 0:
+    odd = [name for name, hint in STATE_TYPES.items() if name not in state or not fits(state[name], hint)]
+    if odd or not isinstance(state["config"].get("model"), dict):
+        text = f"is not the state of a run of this version of sret ({first_few(odd or ['config'])})"
+        raise InputError(f"{out / STATE} {text}; choose another --out")
+    if state["step"] == 0:
         return None  # no step was done
-    if not state.keys() >= STATE_KEYS:
-        raise InputError(f"{out / STATE} is not the state of a run of this version of sret; choose another --out")
     further = f"to train its weights further, use --init {out / LAST} and another --out"
     if not may_resume:
         is_finished = state["step"] == state["total_steps"]

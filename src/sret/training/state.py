@@ -6,11 +6,12 @@ from typing import Any
 
 from sret.checkpoints.card import Card
 from sret.data.loading import Unreadable
-from sret.errors import InputError, first_few
+from sret.errors import InputError, error_prefix, first_few
 from sret.inference.evaluate import Predictions
 from sret.training import distributed, run_dir
 from sret.training.metrics import DIVERGENCE_ADVICE, StepMetrics
 from sret.training.setup import Setup
+from sret.training.state_check import check_values
 
 
 @dataclass
@@ -42,7 +43,12 @@ class TrainingState:
         self.sums["seconds"] += metrics.seconds
 
     def restore(self, setup: Setup, found: dict[str, Any]) -> None:
-        """Restores a saved state: its values here, its tensors in the model, EMA, optimizer and loss scaler."""
+        """Restores a saved state: its values here, its tensors in the model, EMA, optimizer and loss scaler.
+
+        Raises `InputError` for a state that this run could not have saved.
+        """
+        with error_prefix(f"{setup.out / run_dir.STATE} is damaged"):
+            check_values(setup, found)
         distributed.load_model_state(setup.model, found["model"])
         distributed.load_optimizer_state(setup.model, setup.optimizer.optimizer, found["optimizer"])
         if setup.ema is not None:

@@ -4,11 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from sret.errors import InputError, error_prefix
 from sret.models.config import ModelConfig
 from sret.ranges import PositiveInt
+from sret.safe_yaml import MAX_LENGTH, read_yaml
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.config import Distillation
 
@@ -20,9 +21,21 @@ NESTED_OPTIONS = [
 ]
 
 
+class RecipeFile(ActionConfigFile):
+    """The option `--config FILE`."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = Path(values)
+        if not path.is_file():  # reading a pipe would block
+            raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}; give a recipe in YAML")
+        if path.stat().st_size > MAX_LENGTH:
+            raise InputError(f"{path}: too large for a recipe; it has more than {MAX_LENGTH:,} bytes")
+        super().__call__(parser, cfg, values, option_string)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("--config", action="config", help="a recipe in YAML; options after it override its settings")
+    parser.add_argument("--config", action=RecipeFile, help="a recipe in YAML; options after it override its settings")
     for action in parser._actions:  # jsonargparse adds this option with --config
         if "--print_config" in action.option_strings:
             action.help, action.metavar = "print the recipe with all settings and exit", ""
@@ -53,7 +66,9 @@ def run(arguments: Namespace) -> int:
 
     values = {field.name: arguments[field.name] for field in fields(TrainConfig)}
     if isinstance(values["model"], dict):  # values from the command line are still text
-        values["model"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in values["model"].items()}
+        for name, value in values["model"].items():
+            with error_prefix(f"model.{name}"):
+                values["model"][name] = read_yaml(value) if isinstance(value, str) else value
     recipe = TrainConfig(**values)
     runtime = RuntimeConfig(**{field.name: arguments[field.name] for field in fields(RuntimeConfig)})
     if arguments.dry_run:

@@ -58,7 +58,7 @@ def _load(name: str) -> ImageData:
     if name.startswith("hf:"):
         return load_hub(name)
     path = Path(name)
-    if not path.exists():
+    if not name or not path.exists():
         raise InputError(f"no data {name!r}: give {_choices()}{_suggestion(name)}")
     if path.is_dir() and split_folders(path):  # a folder of ImageNet may also hold its tar files
         return load_folder(path)

@@ -32,6 +32,7 @@ from sret.ranges import MAX_CLASSES
 
 CLASS_FILES = ("classes.txt", "classnames.txt")
 INDEX_VERSION = 1  # stored in an index; increase it when an index of the same shard changes
+MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json file
 THREADS = 8  # they wait for the disk in parallel; without waiting, one thread would be twice as fast as eight
 
 
@@ -201,7 +202,9 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
                 kind = "image" if f".{suffix.lower()}" in suffixes else suffix.lower()
-                if not member.isreg() or not key or kind not in ("image", "cls", "json"):
+                if member.size < 0:  # tarfile would read the same member without an end
+                    raise tarfile.ReadError(f"{member.name} has a negative size")
+                if not member.isreg() or member.issparse() or not key or kind not in ("image", "cls", "json"):
                     continue
                 kinds = members.setdefault(f"{folder}/{key}" if folder else key, {})
                 if kind in kinds:
@@ -210,7 +213,9 @@ def _members(path: Path, file: BinaryIO) -> dict[str, dict[str, tuple[int, int]]
                     )
                 kinds[kind] = member.offset_data, member.size
             end = tar.offset
-    except tarfile.TarError as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged headers raise errors of many classes
         raise InputError(
             f"{path}: not a tar file that can be read ({error}); copy it again, or unpack it if it is compressed"
         ) from error
@@ -230,10 +235,11 @@ def _label(path: Path, file: BinaryIO, key: str, kinds: dict[str, tuple[int, int
             f"{path}: {key} has no label: a file {key.rpartition('/')[2]}.cls with a number, or .json with a "
             '"label"; move tar files that are not shards out of this folder'
         )
-    text = _read_at(file, *kinds[kind])
+    offset, size = kinds[kind]
+    text = _read_at(file, offset, min(size, MAX_LABEL_BYTES))
     try:
         value = int(text) if kind == "cls" else json.loads(text)["label"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         value = None
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_CLASSES:
         what = "the number of a class" if kind == "cls" else 'an object with a number "label"'

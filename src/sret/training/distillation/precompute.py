@@ -20,7 +20,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from sret.checkpoints.files import CHECKSUM_KEY, checksum
 from sret.data.dataset import Samples, check_output_dir
-from sret.data.loading import Unreadable
+from sret.data.loading import Unreadable, check_batch
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import seeded
 from sret.data.sources import load_data
@@ -109,6 +109,7 @@ def write_soft_labels(
         min_scale=min_scale,
         seed=seed,
     )
+    check_batch(preprocessing, max(batch_size, crops), len(samples) * crops)
     raise_together(_claim(out, manifest) if accelerator.is_main_process else None)
     model = model.eval().to(accelerator.device)
     dataset, unreadable = CropDataset(samples, preprocessing, manifest), Unreadable(max_corrupt)
@@ -116,7 +117,7 @@ def write_soft_labels(
     mine = range(accelerator.process_index, manifest.num_shards, accelerator.num_processes)
     for done, shard in enumerate(mine):
         path = shard_path(out, shard)
-        if not is_intact(path):
+        if not is_intact(out, shard, manifest):
             tensors = label(shard)
             write_atomically(path, save(tensors, metadata={CHECKSUM_KEY: checksum(tensors)}))
         yield done + 1, len(mine)

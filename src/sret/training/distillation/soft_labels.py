@@ -32,7 +32,9 @@ from sret.data.dataset import ImageData
 from sret.data.loading import TrainDataset, blank_image
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import SampleIndex
-from sret.errors import InputError, describe_changes, first_few
+from sret.errors import InputError, describe_changes, first_few, first_line
+from sret.ranges import MAX_NUMBER, PositiveInt, Seed, Share, check_fields
+from sret.training.distillation.config import Distillation
 
 SHARD_SIZE = 1000  # images
 MANIFEST = "manifest.json"
@@ -59,14 +61,18 @@ class Manifest:
 
     data: str
     fingerprint: dict[str, Any]
-    num_samples: int
+    num_samples: PositiveInt
     distillation: dict[str, Any]
     teacher_digest: str
-    crops: int
-    top_k: int
-    min_scale: float
-    seed: int
-    shard_size: int = SHARD_SIZE
+    crops: PositiveInt
+    top_k: PositiveInt
+    min_scale: Share
+    seed: Seed
+    shard_size: PositiveInt = SHARD_SIZE
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        Distillation(**self.distillation)
 
     @property
     def num_shards(self) -> int:
@@ -81,20 +87,36 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises `InputError` if the folder has no soft labels, or those of another version."""
+    if not (folder / MANIFEST).is_file():  # reading a pipe would block
+        raise InputError(f"{folder}: no soft labels; `sret soft-labels` writes them")
     try:
         return Manifest(**json.loads((folder / MANIFEST).read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{folder}: no soft labels; `sret soft-labels` writes them") from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{folder / MANIFEST} is damaged, or of another version of sret") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{folder / MANIFEST} is damaged, or of another version of sret ({first_line(error)})"
+        ) from error
 
 
-def is_intact(path: Path) -> bool:
-    """Whether a shard exists and its checksum is correct."""
+def is_intact(folder: Path, shard: int, manifest: Manifest) -> bool:
+    """Whether a shard exists, its checksum is correct, and it holds what the manifest says."""
     try:
-        return CHECKSUM_KEY in read_safetensors(path)[1]
+        tensors, metadata = read_safetensors(shard_path(folder, shard))
     except InputError:
         return False
+    num_classes, count = len(manifest.fingerprint["class_names"]), manifest.num_samples - shard * manifest.shard_size
+    rows = (min(count, manifest.shard_size), manifest.crops)
+    expected = {
+        "crops": (torch.int32, (*rows, 4), MAX_NUMBER),  # the size of an image is known when it is read
+        "flips": (torch.uint8, rows, 1),
+        "classes": (torch.int32, (*rows, manifest.top_k), num_classes - 1),
+        "probabilities": (torch.float16, (*rows, manifest.top_k), 1),
+    }
+    return (
+        CHECKSUM_KEY in metadata
+        and {name: (x.dtype, x.shape) for name, x in tensors.items()}
+        == {name: (dtype, shape) for name, (dtype, shape, _) in expected.items()}
+        and all(((tensors[name] >= 0) & (tensors[name] <= highest)).all() for name, (*_, highest) in expected.items())
+    )
 
 
 def crop_image(image: Image.Image, crop: Crop, is_mirrored: bool, preprocessing: Preprocessing) -> Tensor:
@@ -120,13 +142,19 @@ class SoftLabelDataset(TrainDataset):
         self.files: dict[int, Any] = {}  # opened by each process, and kept mapped
         if found := describe_changes(self.manifest.fingerprint, data.fingerprint()):
             raise InputError(f"{folder} holds soft labels of other data than {data.name}: {first_few(found)}")
+        if self.manifest.num_samples != len(self.samples) or self.manifest.top_k > self.num_classes:
+            raise InputError(
+                f"{folder / MANIFEST} is damaged: {self.manifest.top_k} classes of {self.manifest.num_samples} images, "
+                f"but {data.name} has {self.num_classes} classes and {len(self.samples)} training images"
+            )
         paths = [shard_path(folder, shard) for shard in range(self.manifest.num_shards)]
         if missing := [path.name for path in paths if not path.exists()]:
             raise InputError(
                 f"{folder}: not complete, {len(missing)} of {len(paths)} shards are missing ({first_few(missing)}); "
                 "run the same `sret soft-labels` again to continue"
             )
-        if damaged := [path.name for path in paths if not is_intact(path)]:
+        intact = [is_intact(folder, shard, self.manifest) for shard in range(len(paths))]
+        if damaged := [path.name for path, is_fine in zip(paths, intact, strict=True) if not is_fine]:
             raise InputError(
                 f"{folder}: damaged: {first_few(damaged)}; run the same `sret soft-labels` again to replace them"
             )
@@ -134,8 +162,11 @@ class SoftLabelDataset(TrainDataset):
     def fetch(self, index: int, sample: SampleIndex) -> tuple[Tensor, Tensor]:
         image = self.preprocessing.load(self.samples.images[index])
         crop, is_mirrored, target = self.label(index, (sample.epoch + sample.use) % self.manifest.crops)
-        if not crop[2]:
+        top, left, height, width = crop
+        if not height or not width:
             raise InputError(f"{self.folder}: image {index} could not be read when its labels were made")
+        if top + height > image.height or left + width > image.width:
+            raise InputError(f"{self.folder}: a crop of image {index} is not inside it; was the image replaced?")
         return crop_image(image, crop, is_mirrored, self.preprocessing), target
 
     def blank(self) -> tuple[Tensor, Tensor]:
