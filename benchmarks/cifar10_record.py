@@ -3,9 +3,10 @@
     python benchmarks/cifar10_record.py --data cifar10 --out runs/record --minutes 4 --seeds 0,1,2
 
 The recipe is recipes/cifar10_record.yaml, with at most 5 M parameters. The first epoch of a run that is thrown away
-measures the time of a step; the number of epochs is the largest whose steps take at most `--minutes`. Validation images
-choose the epoch, and test images are read once, after the training. Minutes count the steps; evaluation, and the start
-of the process, are in `wall`. A second call with the same `--out` resumes where the first one was stopped.
+measures the time of a step, and on a GPU also that of its replay as a CUDA graph; the faster way is taken. The number
+of epochs is the largest whose steps take at most `--minutes`. Validation images choose the epoch, and test images are
+read once, after the training. Minutes count the steps; evaluation, and the start of the process, are in `wall`. A
+second call with the same `--out` resumes where the first one was stopped.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from sret.checkpoints.card import load_weights
@@ -47,6 +49,7 @@ def main() -> None:
     recipe = read_recipe(options.recipe, options.data, options.small)
     runtime = RuntimeConfig(num_workers=options.num_workers, save_every=options.save_every)
     plan = planned(recipe, runtime, options.out, options.minutes)
+    runtime = replace(runtime, cuda_graph=plan["cuda_graph"])
     results = []
     for seed in map(int, options.seeds.split(",")):
         results.append(result_of(recipe, runtime, options.out / f"seed{seed}", seed, plan))
@@ -72,10 +75,26 @@ def read_recipe(path: Path, data: str, is_small: bool) -> TrainConfig:
 
 
 def planned(recipe: TrainConfig, runtime: RuntimeConfig, out: Path, minutes: float) -> dict[str, Any]:
-    """The number of epochs, measured once for each folder, and what it follows from."""
+    """The number of epochs, and whether steps are replayed as a CUDA graph; measured once for each folder."""
     path = out / "plan.json"
     if path.exists():
         return json.loads(path.read_text())
+    plan: dict[str, Any] = {"minutes": minutes, "cuda_graph": False}
+    plan["step_seconds"], plan["epoch_steps"] = step_of(recipe, runtime, out)
+    if torch.cuda.is_available():
+        try:
+            plan["graph_step_seconds"], _ = step_of(recipe, replace(runtime, cuda_graph=True), out)
+            plan["cuda_graph"] = plan["graph_step_seconds"] < plan["step_seconds"]
+        except Exception as error:
+            plan["graph_error"] = " ".join(str(error).split())[:300] or type(error).__name__
+    step = plan["graph_step_seconds"] if plan["cuda_graph"] else plan["step_seconds"]
+    plan["epochs"] = max(1, int(60 * minutes / (step * plan["epoch_steps"])))
+    path.write_text(json.dumps(plan))
+    return plan
+
+
+def step_of(recipe: TrainConfig, runtime: RuntimeConfig, out: Path) -> tuple[float, int]:
+    """Seconds of a step, and steps of an epoch, in the first epoch of a run."""
     seconds: list[tuple[float, int]] = []
     train(
         recipe,
@@ -84,11 +103,7 @@ def planned(recipe: TrainConfig, runtime: RuntimeConfig, out: Path, minutes: flo
         on_metrics=lambda metrics: seconds.append((metrics.seconds, len(metrics.losses))),
     )
     later = seconds[len(seconds) // 2 :]  # the first steps compile, and choose kernels
-    step, steps = sum(s for s, _ in later) / sum(n for _, n in later), sum(n for _, n in seconds)
-    plan = {"minutes": minutes, "step_seconds": step, "epoch_steps": steps}
-    plan["epochs"] = max(1, int(60 * minutes / (step * steps)))
-    path.write_text(json.dumps(plan))
-    return plan
+    return sum(s for s, _ in later) / sum(n for _, n in later), sum(n for _, n in seconds)
 
 
 def result_of(
@@ -115,6 +130,7 @@ def result_of(
         "val_top1": max(row.get("ema_top1", row["val_top1"]) for row in rows),
         "epochs": epochs,
         "minutes": sum(images / row["images_per_second"] for row in rows) / 60,
+        "cuda_graph": plan["cuda_graph"],
         "wall": float(wall.read_text()) / 60,
         **versions(),
     }

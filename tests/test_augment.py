@@ -1,6 +1,7 @@
 """Augmentation by its properties; mixing against its formula."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,19 @@ def distinct(augmentation: Augmentation, image: Image.Image, draws: int = 12) ->
     """How many different tensors come out."""
     transform = train_transform(augmentation, RGB)
     return len({transform(image).numpy().tobytes() for _ in range(draws)})
+
+
+def test_padding_moves_an_image_by_up_to_an_eighth_of_its_side():
+    white = Image.new("RGB", (24, 32), "white")
+    transform = train_transform(Augmentation(geometry="pad", flip=False), replace(RGB, crop_pct=1.0))
+    moves = set()
+    for _ in range(400):
+        inside = transform(white)[0] == 1
+        rows, columns = int(inside.any(1).sum()), int(inside.any(0).sum())
+        moves.add((32 - rows, 24 - columns))
+    assert max(row for row, _ in moves) == 4
+    assert max(column for _, column in moves) == 3
+    assert (0, 0) in moves
 
 
 def test_without_chance_training_sees_what_evaluation_sees(noise):

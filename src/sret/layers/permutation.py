@@ -137,6 +137,35 @@ class Permuter:
         self.seed, self.count = state["seed"], state["count"] or 0
 
 
+class StaticPermuter(Permuter):
+    """A permuter whose permutations of training stay at one place in memory, as a CUDA graph needs.
+
+    `load_state_dict` draws as many as were used after the last one, into the same memory: those that a `Permuter` with
+    this state would draw one after the other.
+    """
+
+    def __init__(self, permuter: Permuter) -> None:
+        super().__init__(permuter.kind, permuter.seed)
+        self._drawn: list[Tensor] = []
+        self._used = 0
+
+    def forget(self) -> None:
+        """The next passes may be other ones, with other numbers of tokens."""
+        self._drawn = []
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        super().load_state_dict(state)
+        self._used = 0
+        for index in self._drawn:
+            index.copy_(super()._draw(len(index), index.device))
+
+    def _draw(self, num_tokens: int, device: torch.device) -> Tensor:
+        if self._used == len(self._drawn):
+            self._drawn.append(super()._draw(num_tokens, device))
+        self._used += 1
+        return self._drawn[self._used - 1]
+
+
 class CachedPermuter(Permuter):
     """A permuter for inference: caches the fixed permutation of each number of tokens and slices."""
 

@@ -181,6 +181,8 @@ class RuntimeConfig:
             memory.
         compile: compile one pass of each stage first, which takes one or two minutes and needs a C++ compiler. Steps
             then need less time and memory.
+        cuda_graph: replay forward and backward as one CUDA graph from the fourth step on, so that kernels do not wait
+            for their launches; for one process on an NVIDIA GPU.
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP).
         max_corrupt: number of unreadable images that may be skipped; each is replaced by the next image.
         save_every: also save the state after this many steps. By default it is saved after each epoch.
@@ -190,6 +192,7 @@ class RuntimeConfig:
     num_workers: Workers = 0
     grad_accum_steps: PositiveInt = 1
     compile: bool = False
+    cuda_graph: bool = False
     fsdp: bool = False
     max_corrupt: NonNegativeInt = 0
     save_every: PositiveInt | None = None
@@ -202,6 +205,8 @@ class RuntimeConfig:
             raise InputError(
                 "compile and fsdp cannot be used together, since FSDP gathers weights between passes; set one to false"
             )
+        if self.cuda_graph and (self.compile or self.fsdp or self.grad_accum_steps > 1):
+            raise InputError("cuda_graph cannot be used with compile, fsdp or grad_accum_steps; set it to false")
 
 
 def _tuple(names: Any) -> Any:

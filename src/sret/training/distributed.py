@@ -190,8 +190,18 @@ def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> 
             f"recursion_start is {config.recursion_start}, but several processes need gradients of all passes in every "
             "step; set it to 0, or start one process"
         )
+    if runtime.cuda_graph:
+        refuse_cuda_graph(config, accelerator)
     if runtime.fsdp and accelerator.num_processes == 1:
         raise InputError("fsdp divides the model among processes, and there is only one; start more with torchrun")
     if runtime.fsdp and config.mixed_precision == "fp16":
         raise InputError("fsdp does not support fp16; use bf16")
     return accelerator
+
+
+def refuse_cuda_graph(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises `InputError` if the gradients of a run cannot be replayed as a CUDA graph."""
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        raise InputError("cuda_graph is for one process on an NVIDIA GPU; set it to false")
+    if config.mixed_precision == "fp16":
+        raise InputError("cuda_graph does not support fp16, which scales the loss; use bf16")

@@ -7,6 +7,7 @@ So a run that is stopped at any step and resumed gives the same weights as one t
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from signal import Signals
@@ -205,13 +206,25 @@ def forward_backward(setup: Setup, step: int, part: int, loaded: Iterator[Any]) 
         images, targets = mix(images, targets, config.mixup, config.cutmix, key=(config.seed, step))
     torch.manual_seed((config.seed << 32) + (step * parts + part) * num_ranks + rank)
     setup.model.permuter.load_state_dict({"seed": config.seed, "count": step * PERMUTATIONS_PER_STEP})
-    with distributed.reduce_gradients(setup.net, is_last=part == parts - 1):
+    if setup.teacher is not None:
         with accelerator.autocast():
-            targets = targets if setup.teacher is None else setup.teacher(images)
-            logits = setup.net(setup.preprocessing.normalize(images)).float()
-        loss = setup.criterion(logits / setup.temperature, targets)
-        accelerator.backward(loss / parts)
-    return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean(), errors
+            targets = setup.teacher(images)
+    images, compute = setup.preprocessing.normalize(images), partial(gradients, setup)
+    with distributed.reduce_gradients(setup.net, is_last=part == parts - 1):
+        loss, accuracy = (compute if setup.graph is None else partial(setup.graph, compute))(images, targets)
+    return loss, accuracy, errors
+
+
+def gradients(setup: Setup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Adds the gradient of a part of a step to the weights' gradients; returns the loss and the share of correct ones.
+
+    It only starts kernels, so that a CUDA graph can repeat it.
+    """
+    with setup.accelerator.autocast():
+        logits = setup.net(images).float()
+    loss = setup.criterion(logits / setup.temperature, targets)
+    setup.accelerator.backward(loss / setup.runtime.grad_accum_steps)
+    return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean()
 
 
 def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress: Progress) -> Signals | None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from sret.data.sampler import EpochBatches, balanced_uses
 from sret.data.sources import load_data
 from sret.data.workers import worker_options
 from sret.errors import InputError, InputWarning, plural
+from sret.kernels.cuda_graph import GraphedGradients
+from sret.layers.permutation import StaticPermuter
 from sret.layers.recursion import Recursion
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
@@ -55,6 +57,7 @@ class Setup:
         sources: fingerprints of the data and of the teacher's files.
         recipe, versions: as plain values, for saved files.
         net: what the training steps call: the model, or its wrapper for several processes (DDP).
+        graph: replays forward and backward; None to compute them kernel by kernel.
         ema: the exponential moving average of the weights.
         frozen: parts of the model that are not trained and stay in evaluation mode.
         temperature: the logits are divided by it before the loss.
@@ -77,6 +80,7 @@ class Setup:
     val_loader: DataLoader[Any]
     model: SReT
     net: nn.Module
+    graph: GraphedGradients | None
     ema: ModelEmaV3 | None
     teacher: Teacher | None
     frozen: list[nn.Module]
@@ -114,10 +118,13 @@ class Setup:
     def set_passes(self, step: int) -> None:
         """Sets which passes of the recursions run in the training step `step`, and in the evaluation after it."""
         max_passes = 1 if step < self.recursion_step else None
-        for model in (self.model, *([self.ema.module] if self.ema else [])):
-            for module in model.modules():
-                if isinstance(module, Recursion):
-                    module.max_passes = max_passes
+        models = (self.model, *([self.ema.module] if self.ema else []))
+        recursions = [module for model in models for module in model.modules() if isinstance(module, Recursion)]
+        if self.graph is not None and recursions[0].max_passes != max_passes:
+            self.graph.reset()
+            cast(StaticPermuter, self.model.permuter).forget()
+        for recursion in recursions:
+            recursion.max_passes = max_passes
 
     def close(self) -> None:
         """Ends the processes that load images; at Python's exit they would be joined one by one, for up to 5 s each."""
@@ -179,6 +186,7 @@ def prepare(
         val_loader=val_loader,
         model=model,
         net=make_net(model, runtime, accelerator.device),
+        graph=make_graph(model) if runtime.cuda_graph else None,
         ema=ema,
         teacher=teacher,
         frozen=frozen,
@@ -195,6 +203,12 @@ def make_net(model: SReT, runtime: RuntimeConfig, device: torch.device) -> nn.Mo
     if runtime.compile:
         model.compile()
     return model if runtime.fsdp else distributed.replicate(model, device)
+
+
+def make_graph(model: SReT) -> GraphedGradients:
+    """Replays the gradients of a model, whose permutations get memory of their own."""
+    model.permuter = StaticPermuter(model.permuter)
+    return GraphedGradients([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def find_common_state(

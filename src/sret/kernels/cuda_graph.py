@@ -1,0 +1,84 @@
+"""Replays the gradients of a training step as one CUDA graph, so that no kernel waits for its launch.
+
+A graph repeats kernels with the same addresses. What changes from step to step is therefore copied into memory of its
+own before a replay: the inputs here, permutations by `StaticPermuter`. Random numbers of dropout come from the device's
+default generator, whose state a replay reads and advances as the kernels would.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # calls before the graph is captured: libraries allocate workspaces and choose kernels in them
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Capture(Protocol):
+    """Records a call of a function; returns what repeats it, and its outputs, which each repetition overwrites."""
+
+    def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]: ...
+
+
+def capture(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Records the kernels of a call as a CUDA graph; the call computes nothing yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph.replay, outputs
+
+
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own, as calls before a capture need: backward would otherwise wait for the default one."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+class GraphedGradients:
+    """Calls a function that computes gradients, from the fourth call on by replaying a graph of it.
+
+    The function must only start kernels, and compute the gradients of `parameters` anew: they are None before a call.
+    Tensors that it returns are overwritten by the next call.
+
+    Args:
+        record: `capture`, or another way to repeat a call, for tests.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], record: Capture = capture) -> None:
+        self.parameters, self.record = parameters, record
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the graph: the function will compute something else."""
+        self.calls = 0
+        self.replay: Callable[[], None] | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: tuple[Tensor, ...] = ()
+        self.gradients: list[Tensor | None] = []
+
+    def __call__(self, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What `function` returns for these inputs, whose shapes and dtypes must not change."""
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            with side_stream():
+                return function(*inputs)
+        if self.replay is None:
+            self.inputs = tuple(torch.empty_like(x) for x in inputs)
+            self.replay, self.outputs = self.record(lambda: function(*self.inputs))
+            self.gradients = [parameter.grad for parameter in self.parameters]
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        self.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.outputs
