@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sret.models.cost import model_cost
     from sret.models.deep import deep_config
     from sret.models.fuse import fuse
+    from sret.models.recursify import recursify
     from sret.models.sret import SReT
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_official",
     "model_cost",
+    "recursify",
     "registry",
     "weights",
 ]
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "load": "sret.checkpoints.card",
     "load_official": "sret.checkpoints.official",
     "model_cost": "sret.models.cost",
+    "recursify": "sret.models.recursify",
     "registry": "sret.registry",
     "weights": "sret.checkpoints.official",
 }

@@ -1,0 +1,110 @@
+"""Makes a recursive model of any vision transformer: blocks share their weights, or run more than once.
+
+The body of the model is found by its structure (`sret.models.recursify.runs`). Blocks keep their places and names, so
+features, checkpointing of gradients, parameter groups and exporters of the model's library work as before.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from sret.errors import InputError
+from sret.models.recursify.passes import add_passes
+from sret.models.recursify.runs import Run, find_runs
+from sret.models.recursify.sharing import Init, Share, check_rank, groups_of, tie
+from sret.ranges import NonNegativeInt, PositiveInt, check_fields
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How a model is made recursive. The default changes nothing.
+
+    Attributes:
+        passes: how often the weights of a kept block are used: `passes` = 2 halves the weights of the blocks.
+        extra_passes: so many more runs of every block, each with a gate that begins at 0, so that a trained model
+            computes the same at the start.
+        share: which blocks share weights. "sequence": neighbours (block 1, 1, 2, 2); "cycle": the sequence again
+            (1, 2, 1, 2); "middle": neighbours, but the first and the last block keep their own.
+        init: the shared weights are those of the first of them, or their mean.
+        rank: each pass corrects the shared matrices by one of this rank, and has biases, norms and other vectors of its
+            own; 0 shares everything.
+        scale: each run of a block changes its input by a learned factor, which begins at 1.
+        damping: multiplies the gates of the extra passes by 1 / (extra_passes + 1).
+        parts: names of the containers of blocks to change, such as "blocks"; by default all runs of like blocks.
+    """
+
+    passes: PositiveInt = 1
+    extra_passes: NonNegativeInt = 0
+    share: Share = "sequence"
+    init: Init = "first"
+    rank: NonNegativeInt = 0
+    scale: bool = False
+    damping: bool = False
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def recursify(model: Model, **options: object) -> Model:
+    """A copy of a model in which blocks share weights or run more than once.
+
+    Args:
+        model: any module with a run of like blocks: a vision transformer of timm, an `nn.TransformerEncoder`, ...
+        options: the fields of `Sharing`.
+
+    Shared parameters are the same object in all places, so optimizers and `parameters()` see them once.
+    `safetensors.torch.save_model` writes them once.
+
+    Raises `InputError` for a model without like blocks, for passes that do not divide them, and for a rank above the
+    width.
+    """
+    try:
+        sharing = Sharing(**options)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise InputError(f"recursify: {error}") from error
+    model = copy.deepcopy(model)
+    runs = _chosen_runs(model, sharing.parts)
+    if sharing.rank:
+        check_rank(sharing.rank, [model.get_submodule(name) for run in runs for name in run.units[0]])
+    if sharing.passes > 1:
+        _share(model, runs, sharing)
+    if sharing.extra_passes or sharing.scale:
+        for run in runs:
+            for unit in run.units:
+                for name in unit:
+                    block = model.get_submodule(name)
+                    add_passes(block, sharing.extra_passes, sharing.scale, sharing.damping)
+    return model
+
+
+def _chosen_runs(model: nn.Module, parts: Sequence[str]) -> list[Run]:
+    runs = find_runs(model)
+    if not runs:
+        raise InputError(f"{type(model).__name__} has no sequence of like blocks, so nothing can be shared or repeated")
+    names = [run.name for run in runs]
+    if unknown := [part for part in parts if part not in names]:
+        raise InputError(f"parts: {unknown[0]!r} has no like blocks; {', '.join(dict.fromkeys(names))} have")
+    return [run for run in runs if not parts or run.name in parts]
+
+
+def _share(model: nn.Module, runs: Sequence[Run], sharing: Sharing) -> None:
+    """Ties the weights of all runs. Raises `InputError` if one of them cannot be divided, before any is changed."""
+    groups = []
+    for run in runs:
+        try:
+            groups.append(groups_of(len(run.units), sharing.passes, sharing.share))
+        except ValueError as error:
+            others = [other.name for other in runs if other.name != run.name]
+            hint = f", or leave it out: parts={tuple(dict.fromkeys(others))}" if others else ""
+            raise InputError(f"{run}: {error}{hint}") from error
+    for run, of_run in zip(runs, groups, strict=True):
+        for group in of_run:
+            for position in range(len(run.units[0]) if len(group) > 1 else 0):
+                blocks = [model.get_submodule(run.units[unit][position]) for unit in group]
+                tie(blocks, sharing.init, sharing.rank)

@@ -1,0 +1,105 @@
+"""Ties the weights of blocks, and corrects each pass by matrices of low rank.
+
+    W_i = W + A_i B_i        W of the shared block, A_i (out, r), B_i (r, in) of pass i
+
+A_i B_i is the best approximation of rank r of the difference between the weights of block i and the shared ones, by
+their singular values. Vectors (biases, norms, scales) are then of their own in each pass: they are small.
+
+Sources: relaxed recursive transformers, arXiv:2410.20672 (corrections of low rank by singular values).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sret.errors import InputError
+
+Share = Literal["sequence", "cycle", "middle"]
+Init = Literal["first", "mean"]
+
+
+def groups_of(num_units: int, passes: int, share: Share) -> list[list[int]]:
+    """The units of a run that share their weights: a list of groups, whose first unit is the earliest.
+
+    Raises `ValueError` with the reason if the units cannot be divided.
+    """
+    own = 1 if share == "middle" and passes > 1 else 0  # units at each end that keep their weights
+    shared = num_units - 2 * own
+    if shared < passes or shared % passes:
+        possible = [n for n in range(2, shared + 1) if shared % n == 0]
+        advice = f"passes can be {' or '.join(map(str, possible))}" if possible else "only passes=1 is possible"
+        which = f"the {shared} between the first and the last" if own else str(shared)
+        raise ValueError(f"passes={passes} does not divide {which}; {advice}")
+    blocks = shared // passes
+    if share == "cycle":
+        groups = [list(range(first, shared, blocks)) for first in range(blocks)]
+    else:
+        groups = [list(range(own + passes * i, own + passes * (i + 1))) for i in range(blocks)]
+    return [[0], *groups, [num_units - 1]] if own else groups
+
+
+@torch.no_grad()
+def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
+    """Replaces the parameters of all blocks by shared ones, in place.
+
+    Args:
+        blocks: like blocks, with parameters of their own.
+        init: the shared weights are those of the first block, or the mean of all.
+        rank: of each pass's correction of a matrix; 0 for none.
+    """
+    for name, first in list(blocks[0].named_parameters()):
+        owners = [(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for block in blocks]
+        values = [getattr(owner, leaf).detach().clone() for owner, leaf in owners]
+        if rank and first.ndim < 2:
+            continue
+        base = values[0] if init == "first" else torch.stack(values).mean(0)
+        shared = nn.Parameter(base, requires_grad=first.requires_grad)
+        for (owner, leaf), value in zip(owners, values, strict=True):
+            setattr(owner, leaf, shared)
+            if rank:
+                correction = LowRank(value - base, rank)
+                parametrize.register_parametrization(owner, leaf, correction, unsafe=True)
+                parametrizations: nn.ModuleDict = owner.parametrizations  # type: ignore[assignment]
+                parametrizations[leaf].original = shared
+
+
+def max_rank(blocks: Sequence[nn.Module]) -> int:
+    """The rank that represents every difference exactly."""
+    return max((min(_matrix(p).shape) for block in blocks for p in block.parameters() if p.ndim >= 2), default=0)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(out, ...) -> (out, in), without leading axes of one element."""
+    x = x.detach()
+    while x.ndim > 2 and x.shape[0] == 1:
+        x = x[0]
+    return x.flatten(1) if x.ndim >= 2 else x[None]
+
+
+class LowRank(nn.Module):
+    """W -> W + A B, which begins as the best approximation of a difference.
+
+    Args:
+        difference: of the shape of W; a tensor of more than two axes is taken as (first, all others).
+        rank: r; less if the matrix is smaller.
+    """
+
+    def __init__(self, difference: Tensor, rank: int) -> None:
+        super().__init__()
+        u, s, v = torch.linalg.svd(_matrix(difference).double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        self.left = nn.Parameter((u[:, :rank] * root).to(difference.dtype))
+        self.right = nn.Parameter((root[:, None] * v[:rank]).to(difference.dtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The corrected weight, of the same shape."""
+        return weight + (self.left @ self.right).view(weight.shape)
+
+
+def check_rank(rank: int, blocks: Sequence[nn.Module]) -> None:
+    """Raises `InputError` for a rank above the width."""
+    if rank > (most := max_rank(blocks)):
+        raise InputError(f"rank is {rank}, but the largest matrix of the blocks has rank {most}; use at most {most}")

@@ -1,0 +1,286 @@
+"""Recursive models made of others: small random members of every family of vision transformers."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import onnx
+import onnx_ir.passes.common
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_model, save_model
+from timm.models import convmixer, mlp_mixer, pit, tiny_vit
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from sret import InputError, recursify
+from sret.models.recursify.runs import find_runs
+from sret.models.recursify.sharing import groups_of
+
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+WINDOWS = {
+    "img_size": 32,
+    "window_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 4),
+    "num_heads": (1, 2),
+    "num_classes": 5,
+    "drop_path_rate": 0.0,
+}
+MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 4, "embed_dim": 32, "num_classes": 5}
+
+
+class Encoder(nn.Module):
+    """A classifier of torch's own parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 8, 8)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embed(x).flatten(2).mT).mean(1))
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "ViT": lambda: timm.create_model("vit_tiny_patch16_224", **PLAIN),
+    "DeiT": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **PLAIN),
+    "DeiT III": lambda: timm.create_model("deit3_small_patch16_224", **PLAIN),
+    "BEiT": lambda: timm.create_model("beit_base_patch16_224", **PLAIN),
+    "EVA-02": lambda: timm.create_model("eva02_tiny_patch14_224", **PLAIN),
+    "DINOv2": lambda: timm.create_model("vit_small_patch14_reg4_dinov2", **PLAIN),
+    "DINOv3": lambda: timm.create_model("vit_small_patch16_dinov3", **PLAIN),
+    "CaiT": lambda: timm.create_model("cait_xxs24_224", **PLAIN),
+    "XCiT": lambda: timm.create_model("xcit_nano_12_p8_224", **{**PLAIN, "num_heads": 4}),
+    "Swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", **WINDOWS),
+    "Swin v2": lambda: timm.create_model("swinv2_tiny_window8_256", **WINDOWS),
+    "PVT v2": lambda: timm.create_model(
+        "pvt_v2_b0", depths=(2, 2, 4, 2), embed_dims=(8, 16, 16, 16), num_heads=(1, 2, 2, 2), num_classes=5
+    ),
+    "PiT": lambda: pit.PoolingVisionTransformer(
+        img_size=32, patch_size=8, stride=4, base_dims=(8, 8, 8), depth=(2, 4, 2), heads=(1, 2, 4), num_classes=5
+    ),
+    "TinyViT": lambda: tiny_vit.TinyVit(
+        depths=(2, 2, 4, 2), embed_dims=(8, 16, 16, 16), num_heads=(1, 2, 2, 2), window_sizes=(2,) * 4, num_classes=5
+    ),
+    "Mixer": lambda: mlp_mixer.MlpMixer(**MIXER),
+    "ResMLP": lambda: mlp_mixer.MlpMixer(**MIXER, mlp_ratio=4, block_layer=mlp_mixer.ResBlock),
+    "ConvMixer": lambda: convmixer.ConvMixer(dim=16, depth=4, kernel_size=3, patch_size=8, num_classes=5),
+    "ConvNeXt": lambda: timm.create_model("convnext_atto", depths=(2, 2, 4, 2), dims=(8, 16, 16, 16), num_classes=5),
+    "torch": Encoder,
+}
+IMAGES, LABELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 3])
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request) -> nn.Module:
+    """With random weights everywhere: what begins as zeros or ones would hide mistakes."""
+    model = FAMILIES[request.param]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def numbers(model: nn.Module, names: tuple[str, ...]) -> int:
+    return sum(count(model.get_submodule(name)) for name in names)
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> torch.Tensor:
+    return model(IMAGES)
+
+
+def test_the_default_changes_nothing(model):
+    assert torch.equal(output(recursify(model)), output(model))
+
+
+def test_all_runs_are_found(model):
+    runs = find_runs(model)
+    assert runs
+    for run in runs:
+        assert len({numbers(model, unit) for unit in run.units}) == 1
+    names = [name for run in runs for unit in run.units for name in unit]
+    assert len(names) == len(set(names))
+
+
+def test_shared_weights_are_stored_once_and_the_model_given_stays(model, tmp_path):
+    before = copy.deepcopy(model.state_dict())
+    expected = count(model)
+    for run in find_runs(model):
+        expected -= numbers(model, run.units[0]) * (len(run.units) // 2)
+    shared = recursify(model, passes=2)
+    assert count(shared) == expected
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert shared.state_dict().keys() == before.keys()
+    for run in find_runs(model):
+        for first, second in zip(run.units[::2], run.units[1::2], strict=True):
+            for a, b in zip(first, second, strict=True):
+                kept, tied = shared.get_submodule(a).state_dict(), shared.get_submodule(b).state_dict()
+                learned = dict(shared.get_submodule(a).named_parameters())
+                assert all(torch.equal(tied[name], kept[name]) for name in learned)
+    save_model(shared, str(tmp_path / "shared.safetensors"))
+    assert (tmp_path / "shared.safetensors").stat().st_size < 4 * expected + 40_000
+    again = recursify(model, passes=2)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    load_model(again, str(tmp_path / "shared.safetensors"))
+    assert torch.equal(output(again), output(shared))
+
+
+def test_a_correction_of_full_rank_is_the_original(model):
+    runs = find_runs(model)
+    for init in ("first", "mean"):
+        rank = max(min(p.flatten(1).shape) for run in runs for p in block_matrices(model, run.units[0]))
+        found = recursify(model, passes=2, init=init, rank=rank)
+        torch.testing.assert_close(output(found), output(model), atol=1e-5, rtol=1e-5)
+    errors = [(output(recursify(model, passes=2, init="mean", rank=r)) - output(model)).norm() for r in (0, rank)]
+    assert errors[1] < 0.01 * errors[0]
+
+
+def block_matrices(model: nn.Module, names: tuple[str, ...]) -> list[torch.Tensor]:
+    found = [p for name in names for p in model.get_submodule(name).parameters() if p.ndim >= 2]
+    return [p[0] if p.ndim > 2 and p.shape[0] == 1 else p for p in found]
+
+
+def test_extra_passes_begin_as_the_identity_and_learn(model):
+    for damping in (False, True):
+        deep = recursify(model, extra_passes=2, damping=damping, scale=True)
+        torch.testing.assert_close(output(deep), output(model), atol=1e-6, rtol=1e-6)
+        blocks = sum(len(unit) for run in find_runs(model) for unit in run.units)
+        assert count(deep) == count(model) + 3 * blocks
+    assert deep.state_dict().keys() > model.state_dict().keys()
+    deep.train()
+    cross_entropy(logits_of(deep), LABELS).backward()
+    missing = [name for name, p in deep.named_parameters() if p.grad is None]
+    cross_entropy(logits_of(model.train()), LABELS).backward()
+    assert missing == [name for name, p in model.named_parameters() if p.grad is None]
+    gates = [p for name, p in deep.named_parameters() if name.endswith("pass_gates")]
+    assert all(gate.grad.abs().min() > 0 for gate in gates)
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    found = model(IMAGES)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def test_an_extra_pass_is_the_block_again():
+    model = FAMILIES["ViT"]().eval()
+    deep = recursify(model, extra_passes=1, damping=True)
+    with torch.no_grad():
+        for name, parameter in deep.named_parameters():
+            if name.endswith("pass_gates"):
+                parameter.fill_(0.6)
+        x = torch.randn(1, 17, 32)
+        once = model.blocks[1](x)
+        torch.testing.assert_close(deep.blocks[1](x), once + 0.3 * (model.blocks[1](once) - once))
+
+
+@pytest.mark.parametrize(
+    ("passes", "share", "expected"),
+    [
+        (2, "sequence", [[0, 1], [2, 3], [4, 5]]),
+        (3, "cycle", [[0, 2, 4], [1, 3, 5]]),
+        (2, "middle", [[0], [1, 2], [3, 4], [5]]),
+    ],
+)
+def test_groups_of_shared_units(passes, share, expected):
+    assert groups_of(6, passes, share) == expected
+
+
+def test_swin_shares_plain_and_shifted_blocks_as_pairs():
+    runs = find_runs(FAMILIES["Swin"]())
+    assert [run.units for run in runs] == [
+        (("layers.1.blocks.0", "layers.1.blocks.1"), ("layers.1.blocks.2", "layers.1.blocks.3"))
+    ]
+
+
+def test_what_cannot_be_shared_is_one_line():
+    model = FAMILIES["ViT"]()
+    with pytest.raises(InputError, match=r"blocks \(4 blocks\): passes=3 does not divide 4; passes can be 2 or 4"):
+        recursify(model, passes=3)
+    with pytest.raises(InputError, match=r"does not divide the 2 between the first and the last; passes can be 2"):
+        recursify(model, passes=3, share="middle")
+    with pytest.raises(InputError, match=r"rank is 99, .* use at most 32"):
+        recursify(model, passes=2, rank=99)
+    with pytest.raises(InputError, match="no sequence of like blocks"):
+        recursify(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), passes=2)
+    with pytest.raises(InputError, match="'body' has no like blocks; blocks have"):
+        recursify(model, passes=2, parts=("body",))
+    with pytest.raises(InputError, match="unexpected keyword argument 'pases'"):
+        recursify(model, pases=2)
+    with pytest.raises(InputError, match=r"leave it out: parts=\('blocks',\)"):
+        recursify(FAMILIES["CaiT"](), passes=4)
+    recursify(FAMILIES["CaiT"](), passes=4, parts=("blocks",))
+
+
+OPTIONS = {"shared": {"passes": 2}, "corrected": {"passes": 2, "rank": 2}, "deep": {"extra_passes": 1, "scale": True}}
+
+
+def made(family: str, options: dict) -> nn.Module:
+    model = recursify(FAMILIES[family]().eval(), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("family", ["ViT", "Swin", "ConvNeXt"])
+def test_what_timm_offers_works_on(family, options):
+    model = made(family, options)
+    expected = output(model)
+    assert torch.equal(output(copy.deepcopy(model)), expected)
+    again = made(family, options)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(output(again), expected)
+    maps = model.forward_intermediates(IMAGES, intermediates_only=True)
+    assert len(maps) == len(FAMILIES[family]().forward_intermediates(IMAGES, intermediates_only=True))
+    names = [name for name, _ in model.named_parameters()]
+    if hasattr(model, "no_weight_decay"):
+        assert set(names) & FAMILIES[family]().no_weight_decay() <= model.no_weight_decay()
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    assert sorted(name for group in groups.values() for name in group) == sorted(names)
+    gradients = []
+    for is_checkpointed in (False, True):
+        model.set_grad_checkpointing(is_checkpointed)
+        model.zero_grad()
+        cross_entropy(model.train()(IMAGES), LABELS).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    model.eval().reset_classifier(7)
+    assert output(model).shape == (2, 7)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("family", ["ViT", "EVA-02", "Swin", "Mixer"])
+def test_compiled_and_exported_models_compute_the_same(family, options):
+    model = made(family, options)
+    expected = output(model)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(output(compiled), expected)
+    exported = torch.export.export(model, (IMAGES,))
+    torch.testing.assert_close(output(exported.module()), expected)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_holds_shared_weights_once(tmp_path):
+    model = recursify(FAMILIES["ViT"]().eval(), passes=4)
+    program = torch.onnx.export(model, (IMAGES,), dynamo=True)
+    onnx_ir.passes.common.DeduplicateInitializersPass(size_limit=2**40)(program.model)
+    program.save(tmp_path / "model.onnx")
+    initializers = onnx.load(tmp_path / "model.onnx").graph.initializer
+    assert sum(math.prod(tensor.dims) for tensor in initializers) < 1.01 * count(model)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), output(model), atol=1e-4, rtol=1e-4)
