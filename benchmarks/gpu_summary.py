@@ -13,7 +13,7 @@ from gpu_speed import read_rows
 
 def main() -> None:
     out = Path(sys.argv[1])
-    for text in (device(out), tests(out), speed(out), tiles(out), record(out)):
+    for text in (device(out), tests(out), speed(out), tiles(out), record(out), loading(out)):
         print(text + "\n")
 
 
@@ -65,7 +65,7 @@ def tiles(out: Path) -> str:
     """The table that triton_tiles.py printed."""
     path = out / "tiles.txt"
     lines = path.read_text().splitlines() if path.exists() else []
-    shown = [line for line in lines if not line.startswith("{")]
+    shown = [line for line in lines if line.startswith(("table ", "FORWARD", "BACKWARD", "REST"))]
     return "\n".join(["Tiles", *shown]) if shown else "Tiles: not measured"
 
 
@@ -82,6 +82,15 @@ def record(out: Path) -> str:
         if not path.parent.with_suffix(".json").exists() and (rows := read_rows(path)):
             lines.append(f"  {path.parent.name}: not finished, epoch {rows[-1]['epoch']}: {rows[-1]}")
     return "\n".join(["CIFAR-10", *lines]) if lines else "CIFAR-10: no epoch finished"
+
+
+def loading(out: Path) -> str:
+    """Photos a second, with the augmentation in the loading processes and on the device."""
+    rows = read_rows(out / "loading.txt")
+    if not rows:
+        return "Loading: not measured"
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in rows[-1]["images_per_second"].items())
+    return f"Loading, photos a second with {rows[-1]['num_workers']} processes: {rates}"
 
 
 if __name__ == "__main__":
