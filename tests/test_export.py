@@ -28,6 +28,7 @@ from sret.data.preprocess import Preprocessing
 from sret.export import export as exporting
 from sret.export.export import export, export_model
 from sret.export.onnx import to_onnx
+from sret.export.quantize import quantized
 from sret.export.runtime import Exported, load_exported, load_model, seal
 from sret.export.verify import Comparison, compare
 from sret.inference.predict import predict
@@ -257,6 +258,16 @@ def test_fewer_bits_keep_the_predictions(suffix, dtype, least, share, digits, tm
     weights = sum(tensor.nbytes for tensor in model.parameters())
     assert (out if suffix == ".onnx" else out.with_suffix(".bin")).stat().st_size < share * weights
     assert listing(tmp_path) == ([out.name] if suffix == ".onnx" else ["m.bin", "m.xml"])
+
+
+def test_each_output_channel_of_a_quantized_weight_has_a_scale_of_its_own(tmp_path):
+    batches = [(torch.randn(2, 3, 32, 32), None)]
+    proto = quantized(to_onnx(SReT(one_stage(num_classes=3)), (32, 32)), iter(batches), tmp_path)
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    inputs = [node.input for node in proto.graph.node if node.op_type == "DequantizeLinear"]
+    weights = {x: sizes[scale] for x, scale, *_ in inputs if len(sizes.get(x, ())) == 2}
+    assert weights
+    assert all(scale and scale[0] in sizes[x] for x, scale in weights.items())
 
 
 def test_images_are_of_all_classes_and_come_in_batches_of_several_sizes(tmp_path, monkeypatch):
