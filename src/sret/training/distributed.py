@@ -88,12 +88,13 @@ def synchronize_batch_norm(model: nn.Module) -> None:
             setattr(model, name, synchronized.requires_grad_(child.weight.requires_grad).train(child.training))
 
 
-def shard(model: nn.Module) -> None:
-    """Shards the parameters over all processes, with a recursion as the unit (FSDP2)."""
-    for module in model.modules():
-        if isinstance(module, Recursion):
-            fully_shard(module)
-    fully_shard(model)
+def shard(*models: nn.Module) -> None:
+    """Shards the parameters of models over all processes, with a recursion as the unit (FSDP2)."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, Recursion):
+                fully_shard(module)
+        fully_shard(model)
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

@@ -19,8 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sret.checkpoints.adapt import find_source, transfer_file
-from sret.data.config import Augmentation
-from sret.data.dataset import ImageData
+from sret.data.dataset import ImageData, Samples
 from sret.data.device_data import CropLoader, DeviceLoader, fit_on_device
 from sret.data.loading import ImageDataset, TrainDataset, check_batch
 from sret.data.preprocess import Preprocessing
@@ -157,16 +156,14 @@ def prepare(
     sources = run_dir.sources_of(config, data)
     found = find_common_state(config, out, data, sources, may_resume=resume == "auto")
     train_set = training_set(config, data, preprocessing, runtime.max_corrupt)
-    val_set = ImageDataset(data.split("val"), preprocessing)
     batches = make_batches(train_set.samples.labels, config, runtime, accelerator)
-    train_loader, val_loader = make_loaders(train_set, val_set, batches, config.augmentation, runtime, accelerator)
+    train_loader, val_loader = make_loaders(train_set, data.split("val"), batches, config, runtime, accelerator)
     model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
     ema = make_ema(model, config.ema_decay, runtime.fsdp) if config.ema_decay is not None else None
     teacher = make_teacher(config, data, accelerator.device)
     describe(console, model, data)
     if runtime.fsdp:
-        for part in [model, ema.module] if ema else [model]:
-            distributed.shard(part)
+        distributed.shard(model, *([ema.module] if ema else []))
     optimizer = accelerator.prepare(make_optimizer(model, config))
     schedule = make_schedule(optimizer.optimizer, config, batches.steps)
     setup = Setup(
@@ -256,9 +253,9 @@ def make_batches(
 
 def make_loaders(
     train_set: TrainDataset,
-    val_set: ImageDataset,
+    val_samples: Samples,
     batches: EpochBatches,
-    augmentation: Augmentation,
+    config: TrainConfig,
     runtime: RuntimeConfig,
     accelerator: Accelerator,
 ) -> tuple[TrainLoader, DataLoader[Any]]:
@@ -270,6 +267,7 @@ def make_loaders(
     }
     val_batch_size = max(1, batches.batch_size // accelerator.num_processes)
     check_batch(train_set.preprocessing, val_batch_size // batches.accumulation, len(train_set))
+    val_set, augmentation = ImageDataset(val_samples, train_set.preprocessing), config.augmentation
     val_loader = accelerator.prepare(DataLoader(val_set, val_batch_size, **loading))
     samples, preprocessing, device = train_set.samples, train_set.preprocessing, accelerator.device
     if augmentation.on_device and fit_on_device(samples, preprocessing, augmentation):
