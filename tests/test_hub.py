@@ -131,6 +131,7 @@ def test_the_model_card_says_how_to_load_it_what_it_reaches_and_its_licence(chec
     assert result["metrics"][0]["value"] == 90.0
     assert result["dataset"]["name"] == "pets"
     assert "import sret, timm" in body
+    assert "pip install -e" in body  # the package is not on PyPI
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in body
     assert "| pets | val | 100 | 90.00 | 82.6 to 94.5 | epoch 2, chosen by this accuracy |" in body
     assert "Weights: not stated" in body
