@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_model, save_model
 from timm.models import convmixer, mlp_mixer, pit, tiny_vit
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from sret import InputError, recursify
 from sret.models.recursify.runs import find_runs
 from sret.models.recursify.sharing import groups_of
+from sret.models.recursify.slicing import Slicing, attention_in_slices
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 WINDOWS = {
@@ -185,6 +187,76 @@ def test_an_extra_pass_is_the_block_again():
         torch.testing.assert_close(deep.blocks[1](x), once + 0.3 * (model.blocks[1](once) - once))
 
 
+class Masked(TorchFunctionMode):
+    """Attention with a mask that allows what slices allow."""
+
+    def __init__(self, num_groups: int, prefix: int, is_strided: bool) -> None:
+        super().__init__()
+        self.settings = num_groups, prefix, is_strided
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        num_groups, prefix, is_strided = self.settings
+        tokens = torch.arange(args[0].shape[2] - prefix)
+        group = tokens % num_groups
+        if not is_strided:
+            parts = tokens.tensor_split(num_groups)
+            group = torch.cat([torch.full_like(part, g) for g, part in enumerate(parts)])
+        allowed = torch.ones(2 * (len(tokens) + prefix,), dtype=torch.bool)
+        allowed[prefix:, prefix:] = group[:, None] == group
+        bias = torch.where(allowed, 0.0, -torch.inf)
+        if kwargs.get("attn_mask") is not None:
+            bias = bias + kwargs["attn_mask"]
+        return func(*args, **{**kwargs, "attn_mask": bias})
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "DeiT III", "BEiT", "EVA-02", "DINOv2", "DINOv3"])
+@pytest.mark.parametrize("num_groups", [2, 4, 5, 16])
+def test_slices_are_attention_with_a_mask(family, num_groups):
+    model = made(family, {})
+    sliced, twice = (
+        recursify(model, **o) for o in ({"slices": (num_groups,)}, {"passes": 2, "slices": (1, num_groups)})
+    )
+    x = torch.randn(2, 16 + model.num_prefix_tokens, 32)
+    for i, (net, is_strided) in enumerate(((sliced, False), (twice, True))):
+        attention, same = net.blocks[i].attn, model.blocks[i].attn
+        same.load_state_dict(attention.state_dict())
+        arguments = {}
+        if family.startswith(("EVA", "DINOv3")):
+            arguments["rope"] = model.rope.get_embed((4, 4))[0] if family == "DINOv3" else model.rope.get_embed()
+        with torch.no_grad():
+            found = attention(x, **arguments)
+            with Masked(num_groups, model.num_prefix_tokens, is_strided):
+                expected = same(x, **arguments)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(found, same(x, **arguments), atol=1e-4)
+
+
+def test_masks_of_every_shape_are_sliced_too():
+    q, k, v = torch.randn(3, 2, 3, 10, 8).unbind()
+    for shape in ((10, 10), (1, 10, 10), (2, 1, 1, 10), (2, 3, 10, 10)):
+        for mask in (torch.randn(shape), torch.rand(shape) < 0.8):
+            allowed = mask if mask.dtype == torch.bool else torch.ones(shape, dtype=torch.bool)
+            allowed = allowed | torch.eye(10, dtype=torch.bool)  # every query sees a key
+            mask = allowed if mask.dtype == torch.bool else mask
+            found = attention_in_slices(Slicing(3, 1, True), q, k, v, attn_mask=mask)
+            with Masked(3, 1, True):
+                bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+                expected = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_sliced_is_one_line():
+    with pytest.raises(InputError, match=r"slices are \(4,\); with passes=2 they must be 2 numbers"):
+        recursify(FAMILIES["ViT"](), passes=2, slices=(4,))
+    for family in ("Mixer", "Swin", "ConvNeXt"):
+        with pytest.raises(InputError, match="cannot be sliced"):
+            recursify(FAMILIES[family](), slices=(2,))
+    with pytest.raises(InputError, match="16 token"):
+        recursify(FAMILIES["ViT"](), slices=(17,))(IMAGES)
+
+
 @pytest.mark.parametrize(
     ("passes", "share", "expected"),
     [
@@ -223,7 +295,12 @@ def test_what_cannot_be_shared_is_one_line():
     recursify(FAMILIES["CaiT"](), passes=4, parts=("blocks",))
 
 
-OPTIONS = {"shared": {"passes": 2}, "corrected": {"passes": 2, "rank": 2}, "deep": {"extra_passes": 1, "scale": True}}
+OPTIONS = {
+    "shared": {"passes": 2},
+    "corrected": {"passes": 2, "rank": 2},
+    "deep": {"extra_passes": 1, "scale": True},
+}
+SLICED = {"passes": 2, "slices": (4, 2), "scale": True}
 
 
 def made(family: str, options: dict) -> nn.Module:
@@ -262,8 +339,14 @@ def test_what_timm_offers_works_on(family, options):
     assert output(model).shape == (2, 7)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("family", ["ViT", "EVA-02", "Swin", "Mixer"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, options) for family in ("ViT", "EVA-02", "Swin", "Mixer") for options in OPTIONS.values()),
+        ("ViT", SLICED),
+        ("EVA-02", SLICED),
+    ],
+)
 def test_compiled_and_exported_models_compute_the_same(family, options):
     model = made(family, options)
     expected = output(model)

@@ -15,7 +15,8 @@ from sret.errors import InputError
 from sret.models.recursify.passes import add_passes
 from sret.models.recursify.runs import Run, find_runs
 from sret.models.recursify.sharing import Init, Share, check_rank, groups_of, tie
-from sret.ranges import NonNegativeInt, PositiveInt, check_fields
+from sret.models.recursify.slicing import Slicing, slice_attention
+from sret.ranges import NonNegativeInt, PositiveInt, check_fields, check_number
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,6 +34,9 @@ class Sharing:
         init: the shared weights are those of the first of them, or their mean.
         rank: each pass corrects the shared matrices by one of this rank, and has biases, norms and other vectors of its
             own; 0 shares everything.
+        slices: how many slices the patch tokens have in each pass, one number for each of the `passes`; 1 is attention
+            between all tokens. The first pass slices neighbours, later ones take every G-th token. Class and register
+            tokens belong to every slice. By default nothing is sliced.
         scale: each run of a block changes its input by a learned factor, which begins at 1.
         damping: multiplies the gates of the extra passes by 1 / (extra_passes + 1).
         parts: names of the containers of blocks to change, such as "blocks"; by default all runs of like blocks.
@@ -43,12 +47,17 @@ class Sharing:
     share: Share = "sequence"
     init: Init = "first"
     rank: NonNegativeInt = 0
+    slices: tuple[int, ...] = ()
     scale: bool = False
     damping: bool = False
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for num_groups in self.slices:
+            check_number("slices", num_groups, PositiveInt)
+        if self.slices and len(self.slices) != self.passes:
+            raise InputError(f"slices are {self.slices}; with passes={self.passes} they must be {self.passes} numbers")
 
 
 def recursify(model: Model, **options: object) -> Model:
@@ -72,8 +81,16 @@ def recursify(model: Model, **options: object) -> Model:
     runs = _chosen_runs(model, sharing.parts)
     if sharing.rank:
         check_rank(sharing.rank, [model.get_submodule(name) for run in runs for name in run.units[0]])
-    if sharing.passes > 1:
-        _share(model, runs, sharing)
+    groups = _groups(runs, sharing)
+    for run, of_run in zip(runs, groups, strict=True):
+        for group in of_run:
+            for position in range(len(run.units[0])):
+                blocks = [model.get_submodule(run.units[unit][position]) for unit in group]
+                if len(blocks) > 1:
+                    tie(blocks, sharing.init, sharing.rank)
+                for i, (block, num_groups) in enumerate(zip(blocks, sharing.slices, strict=False)):
+                    if num_groups > 1:
+                        slice_attention(block, Slicing(num_groups, getattr(model, "num_prefix_tokens", 0), i > 0))
     if sharing.extra_passes or sharing.scale:
         for run in runs:
             for unit in run.units:
@@ -93,8 +110,8 @@ def _chosen_runs(model: nn.Module, parts: Sequence[str]) -> list[Run]:
     return [run for run in runs if not parts or run.name in parts]
 
 
-def _share(model: nn.Module, runs: Sequence[Run], sharing: Sharing) -> None:
-    """Ties the weights of all runs. Raises `InputError` if one of them cannot be divided, before any is changed."""
+def _groups(runs: Sequence[Run], sharing: Sharing) -> list[list[list[int]]]:
+    """The units of each run that share weights. Raises `InputError` if a run cannot be divided."""
     groups = []
     for run in runs:
         try:
@@ -103,8 +120,4 @@ def _share(model: nn.Module, runs: Sequence[Run], sharing: Sharing) -> None:
             others = [other.name for other in runs if other.name != run.name]
             hint = f", or leave it out: parts={tuple(dict.fromkeys(others))}" if others else ""
             raise InputError(f"{run}: {error}{hint}") from error
-    for run, of_run in zip(runs, groups, strict=True):
-        for group in of_run:
-            for position in range(len(run.units[0]) if len(group) > 1 else 0):
-                blocks = [model.get_submodule(run.units[unit][position]) for unit in group]
-                tie(blocks, sharing.init, sharing.rank)
+    return groups
