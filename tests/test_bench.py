@@ -373,7 +373,7 @@ def test_too_large_a_batch_is_one_line_with_advice(words):
         (["resnet10t:foo=3"], "resnet10t:foo=3: "),
         (["resnet10t:features_only=true"], "does not return logits"),
         (["sret_t", "--img-size", "8"], "stage 1 at 8x8 pixels"),
-        (["sret_t:img_size=32", "--batch-size", 10**12], "does not fit in memory"),
+        (["sret_t:img_size=32", "--batch-size", 2 * 10**9], "does not fit in memory"),
         (["sret_t", "--engines", "eager,fast"], "engines is 'fast'; it must be one of eager, fused"),
         (["sret_t", "--dtype", "bfloat"], "dtypes is 'bfloat'; it must be one of float32, bfloat16, float16"),
         (["sret_t", "--rounds", "0"], "rounds"),

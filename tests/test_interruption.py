@@ -343,7 +343,7 @@ def test_a_loading_process_that_ends_is_one_line_and_the_state_is_kept(tmp_path,
     assert main(command[3:]) == 2
     *others, line = capfd.readouterr().err.replace("\0", "").splitlines()
     expected = (
-        "sret: error: a process that loads images was stopped: .*--resume auto continues from the last saved state"
+        "sret: error: a process that loads images was stopped, .*--resume auto continues from the last saved state"
     )
     assert re.fullmatch(expected, line)
     assert all("bus error" in other for other in others)  # a line of torch's

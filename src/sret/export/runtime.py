@@ -24,7 +24,6 @@ from sret.checkpoints.card import Card, read_card
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError, first_line
-from sret.files import write_atomically
 from sret.models.sret import SReT
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -82,7 +81,8 @@ class Exported(nn.Module):
             logits = self._run(x.detach().to("cpu", torch.float32).contiguous().numpy())
         except Exception as error:  # the engines raise errors of many classes
             raise InputError(f"{self.engine} cannot compute the outputs: {first_line(error)}") from error
-        if logits.shape != (len(x), self.num_classes) or logits.dtype != np.float32:
+        classes = (self.num_classes,) if self.num_classes else logits.shape[1:]  # without classes: features
+        if logits.shape != (len(x), *classes) or logits.dtype != np.float32:
             raise InputError(f"the outputs have shape {logits.shape}; the model has {self.num_classes} classes")
         return torch.from_numpy(logits).to(x.device)
 
@@ -118,9 +118,9 @@ def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> t
 
 
 def seal(path: Path) -> None:
-    """Writes the digest of a file into its metadata."""
+    """Writes the digest of a file, which has no name yet that others know, into its metadata."""
     content, digest = path.read_bytes(), _digests(path)[1].encode()
-    write_atomically(path, _DIGEST.sub(lambda match: match[1] + digest, content, count=1))
+    path.write_bytes(_DIGEST.sub(lambda match: match[1] + digest, content, count=1))
 
 
 def _digests(path: Path) -> tuple[str, str]:
