@@ -150,12 +150,17 @@ def checkpoint(tmp_path_factory) -> Path:
     return make_checkpoint(path, training={"recipe": {"data": "digits"}})
 
 
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with a checksum that is right."""
+    path.write_bytes(save(tensors, {**metadata, CHECKSUM_KEY: checksum(tensors, metadata)}))
+
+
 def with_card(checkpoint: Path, change: Callable[[dict[str, Any]], object], path: Path) -> Path:
     """The same weights, with a card that says something else and a checksum that is right."""
     tensors, metadata = read_safetensors(checkpoint)
     card = json.loads(metadata[METADATA_KEY])
     card = change(card) or card
-    path.write_bytes(save(tensors, {**metadata, METADATA_KEY: json.dumps(card)}))
+    write_weights(path, tensors, {**metadata, METADATA_KEY: json.dumps(card)})
     return path
 
 
@@ -195,7 +200,7 @@ def test_a_card_that_does_not_fit_its_weights_is_refused_before_anything_is_buil
 
 def test_nested_json_is_refused(sret, checkpoint, tmp_path):
     tensors, metadata = read_safetensors(checkpoint)
-    (tmp_path / "m.safetensors").write_bytes(save(tensors, {**metadata, METADATA_KEY: "[" * 10**5 + "]" * 10**5}))
+    write_weights(tmp_path / "m.safetensors", tensors, {**metadata, METADATA_KEY: "[" * 10**5 + "]" * 10**5})
     assert sret("info", tmp_path / "m.safetensors") == 2
 
 
@@ -209,7 +214,7 @@ def test_damaged_weights(count, sret, checkpoint, tmp_path):
         path.write_bytes(damaged(content, dice))
         assert path.read_bytes() == content or sret("info", path) == 2
         card = altered(json.loads(metadata[METADATA_KEY]), dice)
-        path.write_bytes(save(tensors, {**metadata, METADATA_KEY: json.dumps(card)}))
+        write_weights(path, tensors, {**metadata, METADATA_KEY: json.dumps(card)})
         # What is refused, is refused by all; what is taken, works.
         assert sret("info", path) == sret("predict", tmp_path / "a.png", "--checkpoint", path)
 
@@ -344,6 +349,10 @@ def test_wrong_lines(count, sret, train, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     Image.new("RGB", (32, 32)).save("a.png")
+    for i in range(50):
+        path = Path("photos", str(i % 10), f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (5 * i, 0, 0)).save(path)
     # Compiling takes a minute.
     names = [
         field.name for config in (TrainConfig, RuntimeConfig) for field in fields(config) if field.name != "compile"
@@ -355,10 +364,10 @@ def test_wrong_lines(count, sret, train, checkpoint, tmp_path, monkeypatch):
         ["predict", "a.png", "--checkpoint", str(checkpoint), "--top_k", "3", "--min_confidence", "0.5", *load],
         ["predict", "a.png", "--checkpoint", str(checkpoint), "--out", "table.csv", "--json"],
         ["features", "a.png", "--checkpoint", str(checkpoint), "--out", "table.jsonl", *load],
-        ["eval", "--checkpoint", str(checkpoint), "--data", "digits", "--split", "test", "--max_corrupt", "1", *load],
+        ["eval", "--checkpoint", str(checkpoint), "--data", "photos", "--split", "test", "--max_corrupt", "1", *load],
         ["convert", str(checkpoint), "weights.pth", "--variant", "sret_t"],
         ["bench", str(checkpoint), "--batch_size", "1", "--rounds", "1", "--img_size", "64", "--dtype", "float32"],
-        ["soft-labels", "--data", "digits", "--teacher", str(checkpoint), "--out", "labels", "--crops", "2", *load],
+        ["soft-labels", "--data", "photos", "--teacher", str(checkpoint), "--out", "labels", "--crops", "2", *load],
     ]
     for _ in range(count):
         line = list(dice.choice(lines))
@@ -559,11 +568,6 @@ def use_labels(folder: Path) -> None:
             assert errors or (image.isfinite().all() and abs(target.sum() - 1) < 1e-2 and (target >= 0).all())
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A shard with a checksum that is right."""
-    path.write_bytes(save(tensors, metadata={CHECKSUM_KEY: checksum(tensors)}))
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -614,7 +618,7 @@ def test_shards_that_are_refused(change, labels, tmp_path):
     shutil.copytree(labels, tmp_path / "labels")
     shard = load_file(shard_path(labels, 0))
     change(shard)
-    write_shard(shard_path(tmp_path / "labels", 0), shard)
+    write_weights(shard_path(tmp_path / "labels", 0), shard, {})
     with pytest.raises(InputError, match=r"damaged: labels-00000"):
         use_labels(tmp_path / "labels")
 
@@ -623,7 +627,7 @@ def test_a_crop_outside_its_image_is_an_error_of_the_image(labels, tmp_path):
     shutil.copytree(labels, tmp_path / "labels")
     shard = load_file(shard_path(labels, 0))
     shard["crops"][:] = 2**31 - 1
-    write_shard(shard_path(tmp_path / "labels", 0), shard)
+    write_weights(shard_path(tmp_path / "labels", 0), shard, {})
     dataset = SoftLabelDataset(tmp_path / "labels", load_data("digits"), GREY)
     assert "not inside it" in dataset[SampleIndex(0, 0)][2]
 
@@ -705,6 +709,8 @@ def first(state: dict[str, Any]) -> dict[str, Any]:
         lambda state: state["optimizer"]["param_groups"][0].pop("eps"),
         lambda state: first(state).pop("exp_avg"),
         lambda state: first(state).update(exp_avg=torch.zeros(1, 2, 3)),
+        lambda state: first(state).update(exp_avg=torch.tensor(5.0)),
+        lambda state: first(state).update(exp_avg=first(state)["exp_avg"].double()),
         lambda state: first(state)["exp_avg"].fill_(float("nan")),
         lambda state: state["model"].pop("head.bias"),
         lambda state: state["model"].update({"head.bias": torch.zeros(10, dtype=torch.int64)}),

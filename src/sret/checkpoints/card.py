@@ -116,7 +116,8 @@ class Card:
 def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
     """Writes weights to a safetensors file, with the card in its metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
-    metadata = {"format": "pt", METADATA_KEY: card.to_json(), CHECKSUM_KEY: checksum(tensors)}
+    metadata = {"format": "pt", METADATA_KEY: card.to_json()}
+    metadata[CHECKSUM_KEY] = checksum(tensors, metadata)
     write_atomically(path, save(tensors, metadata=metadata))
 
 

@@ -21,9 +21,12 @@ CHECKSUM_KEY = "sha256"  # in the metadata of safetensors files
 ENGINES = {".onnx": "ONNX Runtime", ".xml": "OpenVINO"}  # by the suffix of the files that `sret export` writes
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the contents of named tensors."""
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of the contents of named tensors, and of metadata other than the checksum itself."""
     digest = hashlib.sha256()
+    for name, text in sorted((metadata or {}).items()):
+        if name != CHECKSUM_KEY:
+            digest.update(f"{name}\0{text}\0".encode())
     for name in sorted(tensors):
         digest.update(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -100,6 +103,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str,
         if path.suffix in ENGINES:
             hint = " (an exported model; use the weights it was exported from)"
         raise InputError(f"{path}: not a safetensors file, or a truncated one{hint}") from error
-    if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != checksum(tensors):
-        raise InputError(f"{path}: damaged, the checksum of its tensors is wrong")
+    # The first versions of sret left the metadata out.
+    if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] not in (checksum(tensors, metadata), checksum(tensors)):
+        raise InputError(f"{path}: damaged, its checksum is wrong")
     return tensors, metadata

@@ -23,6 +23,7 @@ from sret.errors import InputError
 
 _MODES = {1: "L", 3: "RGB"}
 MIN_CROP_PCT = 0.1  # with less, an image is resized to many times the size of the crop
+MAX_SCALE = 1000.0  # of means, of standard deviations and of their inverse
 MAX_ASPECT_RATIO = 100  # longer / shorter side; resized, a longer image of a few kilobytes could fill the memory
 MAX_PIXELS = 100_000_000  # of a decoded image, which takes 3 to 12 bytes each; $SRET_MAX_PIXELS is another limit
 
@@ -61,8 +62,10 @@ class Preprocessing:
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in getattr(self, name)):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be finite numbers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if min(self.std, default=1) <= 0:
-            raise InputError(f"std is {self.std}; images are divided by it, so it must be above 0")
+        if not all(1 / MAX_SCALE <= value <= MAX_SCALE for value in self.std):
+            raise InputError(f"std is {self.std}; images in 0..1 are divided by it; it must be 0.001 to 1000")
+        if not all(abs(value) <= MAX_SCALE for value in self.mean):
+            raise InputError(f"mean is {self.mean}; it is subtracted from images in 0..1; it must be -1000 to 1000")
         if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
             raise InputError(f"images have 1 or 3 channels, not {len(self.mean)} means and {len(self.std)} stds")
         is_size = len(self.img_size) == 2 and all(isinstance(side, int) and side >= 1 for side in self.img_size)
