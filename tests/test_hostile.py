@@ -38,6 +38,7 @@ from sret.data.preprocess import Preprocessing
 from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
 from sret.export.runtime import seal
+from sret.safe_yaml import read_yaml
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
@@ -56,12 +57,16 @@ HALF = pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
 
 
+class TooLong(BaseException):
+    """Not an `Exception`, which a guard against odd errors of other libraries would catch."""
+
+
 @contextmanager
 def at_once() -> Iterator[None]:
     """Within this context the test fails if it takes too long: something waits, or works without an end."""
 
     def fail(*_: object) -> None:
-        raise AssertionError(f"more than {LONGEST} seconds")
+        raise TooLong(f"more than {LONGEST} seconds")
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(LONGEST)
@@ -313,6 +318,33 @@ def train(sret, tmp_path):
 def test_recipes_that_are_refused(train, text):
     rest = {} if isinstance(text, bytes) else {key: value for key, value in RECIPE.items() if f"{key}:" not in text}
     assert train(text if isinstance(text, bytes) or text in ("", "- a") else f"{text}\n{yaml.safe_dump(rest)}") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "more than 100,000 values"),
+        ("&a [*a]", "contain themselves"),
+        ("[" * 500, "nested deeper than 40 levels"),
+        ("a: {b: 1, b: 2}", "line 1 sets 'b' a second time"),
+        ('a: "\\0"', "line 1 has a null character"),
+        ("a: " + "9" * 5000, "not YAML"),
+        ("a: !!timestamp 2020-99-99", "not YAML"),
+        ("#" * 2**21, "more than 1,048,576 characters"),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_yaml_has_limits(text, message):
+    with at_once(), pytest.raises(InputError, match=message):
+        read_yaml(text)
+
+
+def test_aliases_within_the_limits_are_read():
+    assert read_yaml("a: &a {b: 1e-3}\nc: [*a, *a]\nd: {<<: *a, e: 2}") == {
+        "a": {"b": 0.001},
+        "c": [{"b": 0.001}] * 2,
+        "d": {"b": 0.001, "e": 2},
+    }
 
 
 def test_a_recipe_is_a_file(sret, tmp_path):
