@@ -11,6 +11,7 @@ second call with the same `--out` resumes where the first one was stopped.
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -83,7 +84,8 @@ def planned(recipe: TrainConfig, runtime: RuntimeConfig, out: Path, minutes: flo
     plan["step_seconds"], plan["epoch_steps"] = step_of(recipe, runtime, out)
     if torch.cuda.is_available():
         try:
-            plan["graph_step_seconds"], _ = step_of(recipe, replace(runtime, cuda_graph=True), out)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a capture that fails spoils its process
+                plan["graph_step_seconds"], _ = pool.apply(step_of, (recipe, replace(runtime, cuda_graph=True), out))
             plan["cuda_graph"] = plan["graph_step_seconds"] < plan["step_seconds"]
         except Exception as error:
             plan["graph_error"] = " ".join(str(error).split())[:300] or type(error).__name__

@@ -44,7 +44,7 @@ SYNTHETIC = 256  # photos
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path, nargs="?", help="a folder of JPEG files; by default they are made")
-    parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5, help="of a turn")
@@ -69,7 +69,8 @@ def write_photos(folder: Path) -> Path:
 def measure(paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     """Photos per second of each way, medians of the rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    copies = -(-4 * options.batch_size // len(paths))
+    # An epoch is long, because processes load nothing in advance for the next one.
+    copies = -(-20 * max(1, options.num_workers) * options.batch_size // len(paths))
     samples = Samples(paths * copies, [0] * (len(paths) * copies))
     batches = EpochBatches(len(samples), options.batch_size, seed=0)
     on_device = replace(RECIPE, on_device=True)
@@ -81,14 +82,18 @@ def measure(paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
 
     both = CropLoader(loader(on_device), on_device, batches, device)
     streams = {
-        "in_workers": endless(loader(RECIPE)),
-        "crops_alone": endless(loader(on_device)),
-        "crops_then_device": endless(both),
+        "in_workers": endless(loader(RECIPE), device),
+        "crops_alone": endless(loader(on_device), device),
+        "crops_then_device": endless(both, device),
     }
+    for name, stream in streams.items():
+        images = next(stream)
+        assert images.shape == (options.batch_size, 3, 224, 224), name
+        assert images.dtype == (torch.uint8 if name == "crops_alone" else torch.float32), name
     rates: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(options.rounds):
         for name, stream in streams.items():
-            rates[name].append(rate(stream, options.seconds, options.batch_size))
+            rates[name].append(rate(stream, options))
     images = torch.randint(0, 256, (options.batch_size, 3, 224, 224), dtype=torch.uint8).to(device)
     keys = keys_of(0, [SampleIndex(i, 0) for i in range(options.batch_size)])
     seconds = alternate({"device": lambda: both.augment(images, keys)}, rounds=5)["device"]
@@ -107,23 +112,24 @@ def measure(paths: list[Path], options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def endless(loader: Any) -> Iterator[Any]:
-    """Batches of one epoch after the other."""
+def endless(loader: Any, device: torch.device) -> Iterator[torch.Tensor]:
+    """Images on the device, of one epoch after the other."""
     while True:
-        yield from loader
+        for images, *_ in loader:
+            yield images.to(device, non_blocking=True)
 
 
-def rate(stream: Iterator[Any], seconds: float, batch_size: int) -> float:
-    """Images per second in at least `seconds`, after the batches that were loaded in advance."""
-    for _ in range(2 * len(os.sched_getaffinity(0))):
+def rate(stream: Iterator[Any], options: argparse.Namespace) -> float:
+    """Images per second in at least `--seconds`, after the batches that were loaded in advance."""
+    for _ in range(2 * options.num_workers + 1):
         next(stream)
     count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    while time.perf_counter() - started < options.seconds:
         next(stream)
         count += 1
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return count * batch_size / (time.perf_counter() - started)
+    return count * options.batch_size / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

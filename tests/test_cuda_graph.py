@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +98,6 @@ CHANGES = {
     "plain": {},
     "mixed": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.0, "ema_decay": 0.9, "clip_grad": 1.0},
     "late": {"recursion_start": 0.6},
-    "nested": {"model": replace(RECIPE.model, memory="nested")},
     "taught": {"distillation": Distillation(teacher="TEACHER"), "label_smoothing": 0.0},
 }
 
@@ -136,6 +136,12 @@ def test_a_run_with_a_graph_ends_with_the_same_weights(name, teacher, tmp_path, 
 def test_a_graph_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(InputError, match="NVIDIA GPU"):
         train(RECIPE, tmp_path / "run", runtime=RuntimeConfig(cuda_graph=True))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    nested = replace(RECIPE, model=replace(RECIPE.model, memory="nested"))
+    for recipe, message in ((nested, "memory 'nested'"), (replace(RECIPE, mixed_precision="fp16"), "fp16")):
+        with pytest.raises(InputError, match=message):
+            distributed.refuse_cuda_graph(recipe, on_gpu)
+    distributed.refuse_cuda_graph(RECIPE, on_gpu)
     for changes in ({"compile": True}, {"fsdp": True}, {"grad_accum_steps": 2}):
         with pytest.raises(InputError, match="cuda_graph cannot be used with"):
             RuntimeConfig(cuda_graph=True, **changes)

@@ -209,17 +209,15 @@ def test_training_with_the_triton_kernels_learns_as_much_as_without(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-@pytest.mark.parametrize(
-    ("precision", "memory", "kernels"), [("no", "none", False), ("bf16", "nested", False), ("bf16", "none", True)]
-)
-def test_training_with_a_cuda_graph_is_training_without(tmp_path: Path, request, precision, memory, kernels):
+@pytest.mark.parametrize(("precision", "kernels"), [("no", False), ("bf16", True)])
+def test_training_with_a_cuda_graph_is_training_without(tmp_path: Path, request, precision, kernels):
     if kernels:
         request.getfixturevalue("_needs_triton")
-    model = replace(RECIPE.model, memory=memory)
-    recipe = replace(RECIPE, epochs=2, optimizer="sgd", mixed_precision=precision, model=model)
+    recipe = replace(RECIPE, epochs=2, optimizer="sgd", mixed_precision=precision)
     states = []
     with triton_kernels(kernels):
-        for name, runtime in (("plain", RuntimeConfig()), ("graph", RuntimeConfig(cuda_graph=True))):
+        # Loading processes, since a thread then pins memory during the capture.
+        for name, runtime in (("plain", RuntimeConfig()), ("graph", RuntimeConfig(cuda_graph=True, num_workers=2))):
             train(recipe, tmp_path / name, runtime=runtime)
             states.append(load_state(tmp_path / name / STATE)["model"])
     torch.testing.assert_close(states[1], states[0], atol=1e-3, rtol=1e-3)

@@ -269,6 +269,11 @@ def test_groups_of_shared_units(passes, share, expected):
     assert groups_of(6, passes, share) == expected
 
 
+def test_extra_passes_can_follow_corrections():
+    model = recursify(made("ViT", {}), passes=2, rank=4)
+    torch.testing.assert_close(output(recursify(model, extra_passes=1)), output(model))
+
+
 def test_swin_shares_plain_and_shifted_blocks_as_pairs():
     runs = find_runs(FAMILIES["Swin"]())
     assert [run.units for run in runs] == [
@@ -292,7 +297,27 @@ def test_what_cannot_be_shared_is_one_line():
         recursify(model, pases=2)
     with pytest.raises(InputError, match=r"leave it out: parts=\('blocks',\)"):
         recursify(FAMILIES["CaiT"](), passes=4)
-    recursify(FAMILIES["CaiT"](), passes=4, parts=("blocks",))
+    recursify(FAMILIES["CaiT"](), passes=4, parts="blocks")
+    with pytest.raises(InputError, match="are one weight already"):
+        recursify(recursify(model, passes=2), passes=2)
+    for options in ({"rank": 2}, {"share": "cycle"}, {"init": "mean"}, {"damping": True}):
+        with pytest.raises(InputError, match=f"{next(iter(options))} has no effect without"):
+            recursify(model, **options)
+    with pytest.raises(InputError, match="takes a module, not str"):
+        recursify("vit_tiny_patch16_224")
+    model.blocks[0].attn.qkv.weight.requires_grad_(False)
+    with pytest.raises(InputError, match="is frozen in some of the blocks"):
+        recursify(model, passes=2)
+    model.blocks[0].forward = model.blocks[0].forward
+    with pytest.raises(InputError, match="was replaced"):
+        recursify(model, extra_passes=1)
+
+
+def test_weights_tied_within_a_block_stay_tied():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(4)))
+    for block in model:
+        block[1].weight = block[0].weight
+    assert count(recursify(model, passes=2)) == count(model) // 2
 
 
 OPTIONS = {
@@ -301,6 +326,61 @@ OPTIONS = {
     "deep": {"extra_passes": 1, "scale": True},
 }
 SLICED = {"passes": 2, "slices": (4, 2), "scale": True}
+
+
+def test_all_corrections_learn():
+    for init in ("first", "mean"):
+        model = recursify(FAMILIES["ViT"](), passes=2, rank=2, init=init)
+        cross_entropy(model(IMAGES), LABELS).backward()
+        factors = {n: p for n, p in model.named_parameters() if n.endswith(("left", "right"))}
+        assert len(factors) == 2 * 4 * 4  # blocks, matrices
+        learning = [name for name, p in factors.items() if p.grad.abs().max() > 0]
+        pairs = {name.rpartition(".")[0] for name in learning}
+        assert pairs == {name.rpartition(".")[0] for name in factors}
+
+
+def test_batch_norm_of_extra_passes_changes_no_statistics():
+    model = made("ConvMixer", {})
+    deep = recursify(model, extra_passes=2)
+    for net in (model, deep):
+        net.train()
+        for _ in range(3):
+            net(IMAGES)
+        net.eval()
+    assert torch.equal(output(deep), output(model))
+
+
+@pytest.mark.parametrize("options", [{"extra_passes": 1, "scale": True}, {"passes": 2, "rank": 2, "scale": True}])
+def test_autocast(model, options):
+    deep = recursify(model, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert output(deep).isfinite().all()
+
+
+def test_models_with_replaced_classes_are_pickled(tmp_path):
+    for options in (SLICED, {"extra_passes": 1}):
+        model = made("ViT", options)
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(output(again), output(model))
+
+
+def test_a_block_called_by_keyword_runs_again():
+    class Net(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self:
+                x = block(src=x)
+            return x
+
+    net = Net(*(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2))).eval()
+    x = torch.randn(1, 3, 8)
+    deep = recursify(net, extra_passes=1)
+    with torch.no_grad():
+        for name, parameter in deep.named_parameters():
+            if "gates" in name:
+                parameter.fill_(1.0)
+        twice = nn.Sequential(net[0], net[0], net[1], net[1]).eval()
+        torch.testing.assert_close(deep(x), twice(x))
 
 
 def made(family: str, options: dict) -> nn.Module:
@@ -323,7 +403,7 @@ def test_what_timm_offers_works_on(family, options):
     maps = model.forward_intermediates(IMAGES, intermediates_only=True)
     assert len(maps) == len(FAMILIES[family]().forward_intermediates(IMAGES, intermediates_only=True))
     names = [name for name, _ in model.named_parameters()]
-    if hasattr(model, "no_weight_decay"):
+    if hasattr(model, "no_weight_decay") and "rank" not in options:  # corrections change the names
         assert set(names) & FAMILIES[family]().no_weight_decay() <= model.no_weight_decay()
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert sorted(name for group in groups.values() for name in group) == sorted(names)

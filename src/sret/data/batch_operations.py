@@ -69,13 +69,13 @@ class RandomOperations:
                 if name in AFFINE:
                     affine.append((rows, matrices(name, arguments, (images.shape[-2], images.shape[-1]))))
                     continue
-                places, values = rows.to(images.device), arguments.to(images.device)
+                places, values = (x.to(images.device, non_blocking=True) for x in (rows, arguments))
                 images = images.index_copy(0, places, OPERATIONS[name](images[places], values))
             if affine:
                 rows, transforms = (torch.cat(parts) for parts in zip(*affine, strict=True))
-                places = rows.to(images.device)
+                places = rows.to(images.device, non_blocking=True)
                 fill = torch.tensor(self.op.kwargs["fillcolor"], dtype=torch.uint8, device=images.device)
-                changed = transformed(images[places], transforms.to(images.device), fill)
+                changed = transformed(images[places], transforms.to(images.device, non_blocking=True), fill)
                 images = images.index_copy(0, places, changed)
         return images
 

@@ -130,18 +130,18 @@ class BatchAugmentation:
 
     def crop_and_flip(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Random crops of images with a black border, as torchvision's RandomCrop, and random flips."""
-        H, W = images.shape[-2:]
-        top, left, flip = numbers.unbind(1)
-        border = int(H * self.border), int(W * self.border)
-        rows = torch.arange(H) + (top * (2 * border[0] + 1)).long()[:, None]  # (B, H)
-        columns = torch.arange(W).expand(len(images), -1)
+        (H, W), device = images.shape[-2:], images.device
+        top, left, flip = numbers.to(device, non_blocking=True).unbind(1)
         if self.is_flipped:
-            columns = torch.where((flip < 0.5)[:, None], columns.flip(1), columns)
-        columns = columns + (left * (2 * border[1] + 1)).long()[:, None]  # (B, W)
+            images = torch.where((flip < 0.5)[:, None, None, None], images.flip(3), images)
+        if not self.border:
+            return images
+        border = int(H * self.border), int(W * self.border)
+        rows = torch.arange(H, device=device) + (top * (2 * border[0] + 1)).long()[:, None]  # (B, H)
+        columns = torch.arange(W, device=device) + (left * (2 * border[1] + 1)).long()[:, None]  # (B, W)
         images = pad(images, (border[1], border[1], border[0], border[0]))
-        places = (rows[:, :, None] * images.shape[-1] + columns[:, None, :]).flatten(1).to(images.device)
-        places = places[:, None].expand(-1, images.shape[1], -1)
-        return images.flatten(2).gather(2, places).unflatten(2, (H, W))
+        places = (rows[:, :, None] * images.shape[-1] + columns[:, None, :]).flatten(1)
+        return images.flatten(2).gather(2, places[:, None].expand(-1, images.shape[1], -1)).unflatten(2, (H, W))
 
     def erase(self, images: Tensor, keys: Tensor, erasing: PixelErasing) -> Tensor:
         """Noise with the mean and the deviation of the data, in a random rectangle of some images."""
@@ -150,13 +150,14 @@ class BatchAugmentation:
         if not len(chosen):
             return images
         device, (C, H, W) = images.device, images.shape[1:]
-        top, left, height, width = rectangles[chosen].to(device)[:, :, None].unbind(1)  # each (E, 1)
+        top, left, height, width = rectangles[chosen].to(device, non_blocking=True)[:, :, None].unbind(1)  # each (E, 1)
         row, column = torch.arange(H, device=device), torch.arange(W, device=device)
         in_rows, in_columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
         inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]  # (E, 1, H, W)
-        noise = normal(keys[chosen].to(device), C * H * W).view(-1, C, H, W).float()
-        mean, std = (value.to(device) for value in (erasing.mean, erasing.std))
-        images[chosen.to(device)] = torch.where(inside, noise * std + mean, images[chosen.to(device)])
+        noise = normal(keys[chosen].to(device, non_blocking=True), C * H * W).view(-1, C, H, W).float()
+        mean, std = (value.to(device, non_blocking=True) for value in (erasing.mean, erasing.std))
+        places = chosen.to(device, non_blocking=True)
+        images[places] = torch.where(inside, noise * std + mean, images[places])
         return images
 
 

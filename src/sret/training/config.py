@@ -181,8 +181,8 @@ class RuntimeConfig:
             memory.
         compile: compile one pass of each stage first, which takes one or two minutes and needs a C++ compiler. Steps
             then need less time and memory.
-        cuda_graph: replay forward and backward as one CUDA graph from the fourth step on, so that kernels do not wait
-            for their launches; for one process on an NVIDIA GPU.
+        cuda_graph: replay forward and backward as one CUDA graph after a few steps, so that kernels do not wait for
+            their launches; for one process on an NVIDIA GPU.
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2) instead of copying them (DDP).
         max_corrupt: number of unreadable images that may be skipped; each is replaced by the next image.
         save_every: also save the state after this many steps. By default it is saved after each epoch.

@@ -202,7 +202,10 @@ def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> 
 
 def refuse_cuda_graph(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raises `InputError` if the gradients of a run cannot be replayed as a CUDA graph."""
+    memory = config.model_config().memory
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         raise InputError("cuda_graph is for one process on an NVIDIA GPU; set it to false")
     if config.mixed_precision == "fp16":
         raise InputError("cuda_graph does not support fp16, which scales the loss; use bf16")
+    if memory != "none":  # recomputation reads and sets the states of random numbers on the CPU
+        raise InputError(f"cuda_graph does not support model.memory {memory!r}; set one of them to its default")

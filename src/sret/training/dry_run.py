@@ -14,6 +14,7 @@ from sret.data.dataset import check_output_dir
 from sret.data.loading import ImageDataset, Unreadable
 from sret.errors import InputError
 from sret.files import format_bytes
+from sret.kernels.cuda_graph import WARM_UP
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.loop import train_step
@@ -25,7 +26,7 @@ from sret.training.state import TrainingState
 READ = 200  # images of each split, spread over it
 READ_SECONDS = 1.0  # for each split; large photos take a tenth of a second each
 STEPS = 4
-STEP_SECONDS = 5.0  # no step starts later, except the second one of compiled passes
+STEP_SECONDS = 5.0  # no step starts later, except those that are needed to time one
 FILES = 4  # of about the size of a state: best and last weights, the state, and the next state while it is written
 
 
@@ -73,14 +74,15 @@ def _read_images(setup: Setup, unreadable: Unreadable) -> None:
 
 
 def _train_steps(setup: Setup, state: TrainingState) -> list[StepMetrics]:
-    """Trains for `STEPS` steps or `STEP_SECONDS`, and prints the time of the first one as soon as it is done."""
+    """Trains for `STEPS` steps after the warm-up, or `STEP_SECONDS`; prints the time of the first one immediately."""
     setup.batches.start_at(0)
     setup.start_training()
     buffer = MetricsBuffer(setup.accelerator, state.unreadable, StopRequest())
     loaded = iter(setup.train_loader)
     recorded: list[StepMetrics] = []
-    needed = 2 if setup.runtime.compile else 1
-    for _ in range(min(STEPS, setup.last_step)):
+    warm_up = _warm_up(setup)
+    needed = warm_up + 1 if setup.runtime.compile or setup.runtime.cuda_graph else 1
+    for _ in range(min(warm_up + STEPS - 1, setup.last_step)):
         buffer.add(*train_step(setup, state, loaded))
         recorded.append(buffer.flush())
         check_finite(recorded[-1].losses, state.step, setup.epoch_steps, setup.out)
@@ -92,10 +94,15 @@ def _train_steps(setup: Setup, state: TrainingState) -> list[StepMetrics]:
     return recorded
 
 
+def _warm_up(setup: Setup) -> int:
+    """Steps at the beginning that take longer than the others."""
+    return 1 if setup.graph is None else WARM_UP + 1  # the graph is recorded in the last of them
+
+
 def _print_needs(setup: Setup, recorded: list[StepMetrics], disk: int, parent: Path) -> None:
     """Prints speed, memory, time and disk. Raises `InputError` if the disk is too small."""
     console, steps = setup.console, setup.total_steps
-    timed = recorded[1:] or recorded  # the first step includes warm-up
+    timed = recorded[_warm_up(setup) :] or recorded
     seconds = sum(step.seconds for step in timed) / len(timed)
     which = f"in {len(timed)} steps" if len(recorded) > 1 else "in one step"
     memory = format_bytes(memory_in_use(PartialState().device))

@@ -14,7 +14,7 @@ from torch import nn
 from sret.errors import InputError
 from sret.models.recursify.passes import add_passes
 from sret.models.recursify.runs import Run, find_runs
-from sret.models.recursify.sharing import Init, Share, check_rank, groups_of, tie
+from sret.models.recursify.sharing import Init, Share, check_own_weights, check_rank, groups_of, tie
 from sret.models.recursify.slicing import Slicing, slice_attention
 from sret.ranges import NonNegativeInt, PositiveInt, check_fields, check_number
 
@@ -53,11 +53,23 @@ class Sharing:
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("parts", "slices"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
         check_fields(self)
+        self._check_effect()
         for num_groups in self.slices:
             check_number("slices", num_groups, PositiveInt)
         if self.slices and len(self.slices) != self.passes:
             raise InputError(f"slices are {self.slices}; with passes={self.passes} they must be {self.passes} numbers")
+
+    def _check_effect(self) -> None:
+        """Raises `InputError` for an option that would have no effect."""
+        default = Sharing.__dataclass_fields__
+        needs = {"share": "passes", "init": "passes", "rank": "passes", "damping": "extra_passes"}
+        for name, other in needs.items():
+            if getattr(self, name) != default[name].default and getattr(self, other) == default[other].default:
+                raise InputError(f"{name} has no effect without {other}")
 
 
 def recursify(model: Model, **options: object) -> Model:
@@ -70,15 +82,19 @@ def recursify(model: Model, **options: object) -> Model:
     Shared parameters are the same object in all places, so optimizers and `parameters()` see them once.
     `safetensors.torch.save_model` writes them once.
 
-    Raises `InputError` for a model without like blocks, for passes that do not divide them, and for a rank above the
-    width.
+    Raises `InputError` for a model without like blocks or whose blocks share weights already, for passes that do not
+    divide the blocks, for a rank above the width, and for options without effect.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"recursify takes a module, not {type(model).__name__}")
     try:
         sharing = Sharing(**options)  # type: ignore[arg-type]
     except TypeError as error:
         raise InputError(f"recursify: {error}") from error
     model = copy.deepcopy(model)
     runs = _chosen_runs(model, sharing.parts)
+    if sharing.passes > 1:
+        check_own_weights(model, [name for run in runs for unit in run.units for name in unit])
     if sharing.rank:
         check_rank(sharing.rank, [model.get_submodule(name) for run in runs for name in run.units[0]])
     groups = _groups(runs, sharing)

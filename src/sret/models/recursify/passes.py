@@ -5,16 +5,21 @@
 
 So a model computes at the start what it computed before. A block keeps its class's attributes and the names of its
 parameters: its class is replaced by a subclass, as torch's parametrizations do.
+
+In extra passes BatchNorm uses its running statistics, in training too: they are those of the block's own run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sret.errors import InputError
+from sret.models.recursify.subclass import subclass
 
 
 def add_passes(block: nn.Module, extra_passes: int, has_scale: bool, is_damped: bool) -> None:
@@ -24,12 +29,18 @@ def add_passes(block: nn.Module, extra_passes: int, has_scale: bool, is_damped: 
         extra_passes: K.
         has_scale: whether a_0 is learned.
         is_damped: whether d is 1 / (K + 1).
+
+    Raises `InputError` for a block whose own `forward` was replaced, as some tools do with hooks.
     """
+    if "forward" in vars(block):
+        raise InputError(
+            f"the forward of a {type(block).__name__} was replaced, which hides extra passes; undo it first"
+        )
     first = next(block.parameters())
     block.__class__ = _repeated(type(block))  # type: ignore[arg-type]  # mypy takes classes for not hashable
     block.register_parameter("pass_scale", nn.Parameter(first.new_ones(1)) if has_scale else None)
     block.register_parameter("pass_gates", nn.Parameter(first.new_zeros(extra_passes)) if extra_passes else None)
-    setattr(block, "pass_damping", 1 / (extra_passes + 1) if is_damped else 1.0)  # noqa: B010  # typed as a tensor
+    vars(block)["pass_damping"] = 1 / (extra_passes + 1) if is_damped else 1.0
 
 
 @cache
@@ -37,25 +48,53 @@ def _repeated(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose forward runs that of `base` several times."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        y = base.forward(self, *args, **kwargs)
-        place = _place_of_stream(base, args, y)
+        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+
+        def run() -> Tensor:
+            return base.forward(self, *(inputs[i] for i in range(len(args))), **{name: inputs[name] for name in kwargs})
+
+        y = run()
+        place = _place_of_stream(base, inputs, y)
         if self.pass_scale is not None:
-            y = torch.lerp(args[place], y, self.pass_scale.to(y.dtype))
-        for k in range(0 if self.pass_gates is None else len(self.pass_gates)):
-            again = base.forward(self, *args[:place], y, *args[place + 1 :], **kwargs)
-            y = torch.lerp(y, again, (self.pass_damping * self.pass_gates[k]).to(y.dtype))
+            y = _between(inputs[place], y, self.pass_scale)
+        with _fixed_statistics(self):
+            for k in range(0 if self.pass_gates is None else len(self.pass_gates)):
+                inputs[place] = y
+                y = _between(y, run(), self.pass_damping * self.pass_gates[k])
         return y
 
-    return type(f"Repeated{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+    return subclass(base, "Repeated", forward, _repeated)
 
 
-def _place_of_stream(base: type[nn.Module], args: Sequence[Any], y: Any) -> int:
+def _between(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+    """x + share (y - x), in the dtype of y: under autocast the dtypes may differ."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return torch.lerp(x.to(dtype), y.to(dtype), share.to(dtype)).to(y.dtype)
+
+
+@contextmanager
+def _fixed_statistics(block: nn.Module) -> Iterator[None]:
+    """Within this context BatchNorm in the block uses its running statistics and does not update them."""
+    changed = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def _place_of_stream(base: type[nn.Module], inputs: Mapping[int | str, Any], y: Any) -> int | str:
     """Which argument a block changes: the first tensor of the shape of its output; CaiT's last blocks have the second.
 
     Raises `InputError` if there is none.
     """
-    for place, x in enumerate(args):
+    for place, x in inputs.items():
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
             return place
     found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    raise InputError(f"a {base.__name__} cannot run again: its output, {found}, has not the shape of an argument")
+    raise InputError(
+        f"a {base.__name__} cannot run again: its output, {found}, has not the shape of an argument; choose other "
+        "blocks with parts, or leave extra_passes and scale out"
+    )

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 MAX_PERIOD = 4  # blocks of a unit
-# Of timm's modules and torch's: these differ between the blocks of a model, and change no shape and no window.
-_DIFFERENT = {"training", "drop_prob", "p", "fused_attn", "layer_idx"}
+# Settings that differ between the blocks of a model and change neither its shapes nor its windows.
+IGNORED_SETTINGS = {"training", "drop_prob", "p", "fused_attn", "layer_idx", "layer_id", "block_idx", "block_id", "idx"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,15 @@ class Run:
 
     def __str__(self) -> str:
         period = len(self.units[0])
-        return f"{self.name} ({len(self.units)} {'blocks' if period == 1 else f'groups of {period} blocks'})"
+        units = "blocks" if period == 1 else f"groups of {period} blocks"
+        return f"{self.name or 'the model'} ({len(self.units)} {units})"
 
 
 def find_runs(model: nn.Module) -> list[Run]:
-    """All runs of at least two units, in the order of the model; blocks themselves are not searched."""
+    """All runs of at least two units, in the order of the model; blocks themselves are not searched.
+
+    The members of an `nn.ModuleList` are taken as a sequence; if they are branches instead, leave them out (`parts`).
+    """
     return list(_runs_below(model, ""))
 
 
@@ -80,7 +85,11 @@ def _is_block(module: nn.Module) -> bool:
 def _signature(block: nn.Module) -> Any:
     """Equal for blocks that compute the same function if their weights are equal."""
     parts = [
-        (name, type(part), tuple(sorted((k, v) for k, v in vars(part).items() if _is_setting(k, v))))
+        (
+            name,
+            type_before_parametrizations(part),
+            tuple(sorted((k, v) for k, v in vars(part).items() if _is_setting(k, v))),
+        )
         for name, part in block.named_modules()
         if not isinstance(part, nn.Identity) and type(part).__name__ != "DropPath"
     ]
@@ -89,4 +98,4 @@ def _signature(block: nn.Module) -> Any:
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    return not name.startswith("_") and name not in _DIFFERENT and isinstance(value, int | float | str | tuple)
+    return not name.startswith("_") and name not in IGNORED_SETTINGS and isinstance(value, int | float | str | tuple)

@@ -8,7 +8,7 @@ their singular values. Vectors (biases, norms, scales) are then of their own in 
 Sources: relaxed recursive transformers, arXiv:2410.20672 (corrections of low rank by singular values).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -41,6 +41,27 @@ def groups_of(num_units: int, passes: int, share: Share) -> list[list[int]]:
     return [[0], *groups, [num_units - 1]] if own else groups
 
 
+def check_own_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises `InputError` if a block has a parameter that is used elsewhere in the model too."""
+    places: dict[int, list[str]] = {}
+    for place, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(place)
+    for name in names:
+        prefix = f"{name}." if name else ""
+        for parameter in model.get_submodule(name).parameters():
+            used = places[id(parameter)]
+            if outside := [place for place in used if not place.startswith(prefix)]:
+                own = next(place for place in used if place.startswith(prefix))
+                raise InputError(f"{own} and {outside[0]} are one weight already; give a model whose blocks share none")
+
+
+def check_rank(rank: int, blocks: Sequence[nn.Module]) -> None:
+    """Raises `InputError` for a rank above the width."""
+    sizes = [min(_matrix(p).shape) for block in blocks for p in block.parameters() if p.ndim >= 2]
+    if rank > (most := max(sizes, default=0)):
+        raise InputError(f"rank is {rank}, but the largest matrix of the blocks has rank {most}; use at most {most}")
+
+
 @torch.no_grad()
 def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
     """Replaces the parameters of all blocks by shared ones, in place.
@@ -49,14 +70,20 @@ def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
         blocks: like blocks, with parameters of their own.
         init: the shared weights are those of the first block, or the mean of all.
         rank: of each pass's correction of a matrix; 0 for none.
+
+    Raises `InputError` if a weight is frozen in some of the blocks.
     """
-    for name, first in list(blocks[0].named_parameters()):
+    made: dict[int, nn.Parameter] = {}  # a block may use one weight in several places
+    for name, first in list(blocks[0].named_parameters(remove_duplicate=False)):
         owners = [(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for block in blocks]
-        values = [getattr(owner, leaf).detach().clone() for owner, leaf in owners]
+        weights = [getattr(owner, leaf) for owner, leaf in owners]
+        if len({weight.requires_grad for weight in weights}) > 1:
+            raise InputError(f"{name} is frozen in some of the blocks that would share it; freeze the new model")
         if rank and first.ndim < 2:
             continue
+        values = [weight.detach().clone() for weight in weights]
         base = values[0] if init == "first" else torch.stack(values).mean(0)
-        shared = nn.Parameter(base, requires_grad=first.requires_grad)
+        shared = made.setdefault(id(first), nn.Parameter(base, requires_grad=first.requires_grad))
         for (owner, leaf), value in zip(owners, values, strict=True):
             setattr(owner, leaf, shared)
             if rank:
@@ -64,11 +91,6 @@ def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
                 parametrize.register_parametrization(owner, leaf, correction, unsafe=True)
                 parametrizations: nn.ModuleDict = owner.parametrizations  # type: ignore[assignment]
                 parametrizations[leaf].original = shared
-
-
-def max_rank(blocks: Sequence[nn.Module]) -> int:
-    """The rank that represents every difference exactly."""
-    return max((min(_matrix(p).shape) for block in blocks for p in block.parameters() if p.ndim >= 2), default=0)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -82,6 +104,8 @@ def _matrix(x: Tensor) -> Tensor:
 class LowRank(nn.Module):
     """W -> W + A B, which begins as the best approximation of a difference.
 
+    Where the difference has no more directions, A has one of length 1 and B is 0, so that both can learn.
+
     Args:
         difference: of the shape of W; a tensor of more than two axes is taken as (first, all others).
         rank: r; less if the matrix is smaller.
@@ -90,16 +114,11 @@ class LowRank(nn.Module):
     def __init__(self, difference: Tensor, rank: int) -> None:
         super().__init__()
         u, s, v = torch.linalg.svd(_matrix(difference).double(), full_matrices=False)
-        root = s[:rank].sqrt()
-        self.left = nn.Parameter((u[:, :rank] * root).to(difference.dtype))
-        self.right = nn.Parameter((root[:, None] * v[:rank]).to(difference.dtype))
+        u, s, v = u[:, :rank], s[:rank], v[:rank]
+        is_empty = s <= 1e-6 * s.max()
+        self.left = nn.Parameter((u * torch.where(is_empty, 1.0, s.sqrt())).to(difference.dtype))
+        self.right = nn.Parameter((v * torch.where(is_empty, 0.0, s.sqrt())[:, None]).to(difference.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The corrected weight, of the same shape."""
         return weight + (self.left @ self.right).view(weight.shape)
-
-
-def check_rank(rank: int, blocks: Sequence[nn.Module]) -> None:
-    """Raises `InputError` for a rank above the width."""
-    if rank > (most := max_rank(blocks)):
-        raise InputError(f"rank is {rank}, but the largest matrix of the blocks has rank {most}; use at most {most}")

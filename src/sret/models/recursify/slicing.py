@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from sret.errors import InputError
 from sret.kernels.slices import slice_lengths
+from sret.models.recursify.subclass import subclass
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def slice_attention(block: nn.Module, slicing: Slicing) -> None:
     if not found or hasattr(block, "window_size"):  # attention in windows
         raise InputError(f"the attention of a {type(block).__name__} cannot be sliced: it has none between all tokens")
     for module in found:
-        if not module.fused_attn:
+        if "forward" in vars(module) or not module.fused_attn:
             raise InputError(
-                f"a {type(module).__name__} cannot be sliced: it does not use PyTorch's scaled_dot_product_attention"
+                f"a {type(module).__name__} cannot be sliced: it does not call PyTorch's scaled_dot_product_attention"
             )
         module.__class__ = _sliced(type(module))  # type: ignore[arg-type]  # mypy takes classes for not hashable
-        setattr(module, "slicing", slicing)  # noqa: B010  # typed as a tensor
+        vars(module)["slicing"] = slicing
 
 
 @cache
@@ -62,7 +63,7 @@ def _sliced(base: type[nn.Module]) -> type[nn.Module]:
         with _InSlices(self.slicing):
             return base.forward(self, *args, **kwargs)
 
-    return type(f"Sliced{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+    return subclass(base, "Sliced", forward, _sliced)
 
 
 class _InSlices(TorchFunctionMode):
