@@ -323,6 +323,19 @@ def test_weights_that_change_before_backward_are_refused_not_wrong(policy):
         loss.backward()
 
 
+def test_a_step_leaves_no_garbage_for_the_collector():
+    model, images = deep(memory="nested"), torch.randn(2, 3, 48, 48, dtype=torch.double)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            model(images).sum().backward()
+        alive = [x for x in gc.get_objects() if type(x).__name__ in ("Recomputation", "_RecomputedBackward")]
+    finally:
+        gc.enable()
+    assert alive == []
+
+
 def test_transforms_take_the_plain_way():
     """torch.func differentiates formulas, and not what is computed again."""
     model = deep(drop_path_rate=0.0).eval()

@@ -126,6 +126,28 @@ class Recomputation:
         self._add(weights, found[: len(weights)])
         return y.detach(), found[-1] if is_wanted else None
 
+    def back(
+        self, steps: tuple[int, int], num_kept: int, x: Tensor, rng_state: RNGState, grad: Tensor, is_wanted: bool
+    ) -> Tensor | None:
+        """The gradient of x, the input of the first of some steps, from that of the input of the step after the last.
+
+        Keeps the inputs of `num_kept` steps. The gradient of the chain's own input is computed if it is wanted.
+        """
+        start, end = steps
+        while end - start > 1:
+            middle = start + (split(end - start, num_kept) if num_kept > 1 else end - start - 1)
+            rng_state.restore()
+            y = x
+            with self.autocast():
+                for i in range(start, middle):
+                    y = self.chain.step(i, y)
+            later = self.back((middle, end), num_kept - 1, y, RNGState(y), grad, is_wanted)
+            if later is None:
+                return None
+            end, grad = middle, later
+        rng_state.restore()
+        return self.step(start, x, grad, is_wanted=start > 0 or is_wanted)[1]
+
     def _check_leaves(self, y: Tensor, x: Tensor) -> None:
         """Raises `RuntimeError` for a tensor that requires a gradient but is no weight of the recursion."""
         known, seen, left = {id(x), *map(id, self.weights)}, set(), [y.grad_fn]
@@ -190,28 +212,13 @@ class _Recomputed(torch.autograd.Function):
         if not ctx.kept:
             raise RuntimeError(SECOND_BACKWARD)
 
-        def back(start: int, end: int, num_kept: int, x: Tensor, rng_state: RNGState, grad: Tensor) -> Tensor | None:
-            """The gradient of x, the input of step `start`, from that of the input of step `end`."""
-            while end - start > 1:
-                middle = start + (split(end - start, num_kept) if num_kept > 1 else end - start - 1)
-                rng_state.restore()
-                y = x
-                with recomputation.autocast():
-                    for i in range(start, middle):
-                        y = recomputation.chain.step(i, y)
-                later = back(middle, end, num_kept - 1, y, RNGState(y), grad)
-                if later is None:
-                    return None
-                end, grad = middle, later
-            rng_state.restore()
-            return recomputation.step(start, x, grad, is_wanted=start > 0 or ctx.needs_input_grad[2])[1]
-
         end = len(recomputation.chain)
         gradient: Tensor | None = grad
         with recomputation.backward(grad):
             while ctx.kept and gradient is not None:
                 start, x, rng_state = ctx.kept.pop()
-                gradient = back(start, end, ctx.num_kept - len(ctx.kept), x, rng_state, gradient)
+                num_kept = ctx.num_kept - len(ctx.kept)
+                gradient = recomputation.back((start, end), num_kept, x, rng_state, gradient, ctx.needs_input_grad[2])
                 end = start
         return None, None, gradient, *recomputation.gradients()
 
