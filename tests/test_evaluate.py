@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from sret import InputError
 from sret.data.loading import UNREADABLE, Unreadable
 from sret.inference.evaluate import evaluate
-from sret.training.signals import StopRequest
+from sret.signals import StopRequest
 
 
 def test_metrics_are_those_of_all_images_at_once():

@@ -28,12 +28,12 @@ from sret import InputError
 from sret.checkpoints.state import load_state
 from sret.cli.main import main
 from sret.data.loading import TrainDataset
+from sret.signals import StopRequest
 from sret.training import loop
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.lock import LOCK, locked
 from sret.training.loop import train
 from sret.training.run_dir import CONTENTS, LAST, STATE
-from sret.training.signals import StopRequest
 
 HERE = Path(__file__).parent
 RECIPE = replace(RECIPE, ema_decay=0.9, mixup=0.8)

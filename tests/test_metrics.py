@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 
 from sret.data.loading import Unreadable
+from sret.signals import StopRequest
 from sret.training import metrics
 from sret.training.metrics import MetricsBuffer, selection_key
-from sret.training.signals import StopRequest
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.001, 50), (0.099, 10), (3.0, 1)])

@@ -22,7 +22,7 @@ from sret.errors import InputError, describe_changes, first_few
 
 
 class StopSignal(Protocol):
-    """Tells whether this process received a stop signal, such as `sret.training.signals.StopRequest`."""
+    """Tells whether this process received a stop signal, such as `sret.signals.StopRequest`."""
 
     @property
     def is_made(self) -> bool: ...

@@ -15,12 +15,12 @@ from sret.data.loading import ImageDataset, Unreadable
 from sret.errors import InputError
 from sret.files import format_bytes
 from sret.kernels.cuda_graph import WARM_UP
+from sret.signals import StopRequest
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.loop import train_step
 from sret.training.metrics import MetricsBuffer, StepMetrics, check_finite, memory_in_use
 from sret.training.setup import Setup, prepare
-from sret.training.signals import StopRequest
 from sret.training.state import TrainingState
 
 READ = 200  # images of each split, spread over it

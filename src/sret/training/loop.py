@@ -27,6 +27,7 @@ from sret.inference.png_report import write_png
 from sret.inference.statistics import Statistics
 from sret.models.config import ModelConfig
 from sret.ranges import PositiveInt, check_number
+from sret.signals import StopRequest, raise_signal
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.teacher import soft_targets
@@ -42,7 +43,6 @@ from sret.training.metrics import (
 )
 from sret.training.optim import rate_of
 from sret.training.setup import Setup, prepare
-from sret.training.signals import StopRequest, raise_signal
 from sret.training.state import TrainingState
 
 PERMUTATIONS_PER_STEP = 1 << 20  # more than a step draws, so that steps do not share permutations

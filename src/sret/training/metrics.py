@@ -29,7 +29,7 @@ from sret.files import format_bytes
 from sret.inference.evaluate import Metrics
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
-from sret.training.signals import StopRequest
+from sret.signals import StopRequest
 
 FLUSH_SECONDS = 1.0  # between two flushes, about
 MAX_STEPS_PER_FLUSH = 50

@@ -32,13 +32,13 @@ from sret.layers.permutation import StaticPermuter
 from sret.layers.recursion import Recursion
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
+from sret.signals import leave_process_group
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.distillation.targets import make_teacher, temperature_of, training_set
 from sret.training.distillation.teacher import Teacher
 from sret.training.metrics import describe
 from sret.training.optim import freeze, make_ema, make_optimizer, make_schedule
-from sret.training.signals import leave_process_group
 from sret.version import versions
 
 MAX_IMBALANCE = 5  # images of the largest class over those of the smallest; more cause a warning
