@@ -113,7 +113,9 @@ def teacher(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", ["mixed", "late", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "taught"))]
+)
 def test_a_run_with_a_graph_ends_with_the_same_weights(name, teacher, tmp_path, monkeypatch):
     recipe, made = replace(RECIPE, **CHANGES[name]), []
     if recipe.distillation:

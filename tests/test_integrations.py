@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import timm
 import torch
 from conftest import small_config
@@ -35,6 +36,7 @@ def test_accelerate_saves_and_repeats_the_permutations_of_training(tmp_path):
     assert [step() for _ in range(3)] == first
 
 
+@pytest.mark.slow
 def test_peft_adds_and_merges_lora():
     import peft
 
@@ -56,6 +58,7 @@ def test_peft_adds_and_merges_lora():
         torch.testing.assert_close(adapted.merge_and_unload()(IMAGES), after, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_torchao_quantizes_the_weights():
     from torchao import quantization
 
@@ -69,6 +72,7 @@ def test_torchao_quantizes_the_weights():
     torch.testing.assert_close(after, before, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_lightning_trains(tmp_path):
     import lightning
 
@@ -97,6 +101,7 @@ def test_lightning_trains(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"])
 
 
+@pytest.mark.slow
 def test_captum_attributes_a_prediction_to_pixels():
     from captum import attr
 
@@ -112,6 +117,7 @@ def test_captum_attributes_a_prediction_to_pixels():
     assert grad_cam.shape == (1, 1, 4, 4)
 
 
+@pytest.mark.slow
 def test_a_unet_trains_on_the_maps_of_a_model():
     import segmentation_models_pytorch as smp
 

@@ -419,14 +419,15 @@ def test_what_timm_offers_works_on(family, options):
     assert output(model).shape == (2, 7)
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        *((family, options) for family in ("ViT", "EVA-02", "Swin", "Mixer") for options in OPTIONS.values()),
-        ("ViT", SLICED),
-        ("EVA-02", SLICED),
-    ],
-)
+SLOW = pytest.mark.slow
+COMPILED = [
+    *(pytest.param("ViT", options) for options in (*OPTIONS.values(), SLICED)),
+    pytest.param("EVA-02", SLICED, marks=SLOW),
+    *(pytest.param(name, o, marks=SLOW) for name in ("EVA-02", "Swin", "Mixer") for o in OPTIONS.values()),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), COMPILED)
 def test_compiled_and_exported_models_compute_the_same(family, options):
     model = made(family, options)
     expected = output(model)
