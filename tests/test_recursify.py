@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from sret import InputError, recursify
+from sret.layers import NonLinearProjection
 from sret.models.recursify.runs import find_runs
 from sret.models.recursify.sharing import groups_of
 from sret.models.recursify.slicing import Slicing, attention_in_slices
@@ -255,6 +256,27 @@ def test_what_cannot_be_sliced_is_one_line():
             recursify(FAMILIES[family](), slices=(2,))
     with pytest.raises(InputError, match="16 token"):
         recursify(FAMILIES["ViT"](), slices=(17,))(IMAGES)
+
+
+@pytest.mark.parametrize("family", ["ViT", "EVA-02", "CaiT", "Swin", "PVT v2", "Mixer", "torch"])
+def test_projections_begin_as_the_identity_and_learn(family):
+    model = made(family, {})
+    deep = recursify(model, passes=2, extra_passes=1, projection=True)
+    shared = recursify(model, passes=2)
+    torch.testing.assert_close(output(deep), output(shared), atol=1e-6, rtol=1e-6)
+    cross_entropy(deep(IMAGES), LABELS).backward()
+    assert all(p.grad is not None for name, p in deep.named_parameters() if "pass_projections" in name)
+    last = [p.grad.abs().max() for name, p in deep.named_parameters() if ".0.branch.fc2.weight" in name]
+    assert min(last) > 0
+    places = [m.branch.fc1.weight for m in deep.modules() if isinstance(m, NonLinearProjection)]
+    assert len(set(map(id, places))) == len(places) == 2 * sum(len(u) for run in find_runs(model) for u in run.units)
+
+
+def test_projections_need_channels_in_the_last_axis():
+    with pytest.raises(InputError, match="cannot have projections"):
+        recursify(FAMILIES["ConvMixer"](), projection=True)
+    with pytest.raises(InputError, match="channels last"):
+        recursify(FAMILIES["ConvNeXt"](), projection=True)(IMAGES)
 
 
 @pytest.mark.parametrize(

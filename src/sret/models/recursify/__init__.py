@@ -38,6 +38,8 @@ class Sharing:
             between all tokens. The first pass slices neighbours, later ones take every G-th token. Class and register
             tokens belong to every slice. By default nothing is sliced.
         scale: each run of a block changes its input by a learned factor, which begins at 1.
+        projection: each run of a block is followed by a non-linear projection (NLL) of its own, at first the identity;
+            for streams with channels last.
         damping: multiplies the gates of the extra passes by 1 / (extra_passes + 1).
         parts: names of the containers of blocks to change, such as "blocks"; by default all runs of like blocks.
     """
@@ -49,6 +51,7 @@ class Sharing:
     rank: NonNegativeInt = 0
     slices: tuple[int, ...] = ()
     scale: bool = False
+    projection: bool = False
     damping: bool = False
     parts: tuple[str, ...] = ()
 
@@ -107,12 +110,12 @@ def recursify(model: Model, **options: object) -> Model:
                 for i, (block, num_groups) in enumerate(zip(blocks, sharing.slices, strict=False)):
                     if num_groups > 1:
                         slice_attention(block, Slicing(num_groups, getattr(model, "num_prefix_tokens", 0), i > 0))
-    if sharing.extra_passes or sharing.scale:
+    if sharing.extra_passes or sharing.scale or sharing.projection:
         for run in runs:
             for unit in run.units:
                 for name in unit:
                     block = model.get_submodule(name)
-                    add_passes(block, sharing.extra_passes, sharing.scale, sharing.damping)
+                    add_passes(block, sharing.extra_passes, sharing.scale, sharing.damping, sharing.projection)
     return model
 
 

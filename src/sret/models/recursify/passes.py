@@ -3,6 +3,8 @@
     x <- x + a_0 (f(x) - x)                   the block's own run; a_0 is 1, or learned
     x <- x + g_k d (f(x) - x),  k = 1 ... K   the extra passes; g_k begins at 0, d is 1 or 1 / (K + 1)
 
+    x <- NLL(x)                               after each run, if wanted: a projection of its own, at first the identity
+
 So a model computes at the start what it computed before. A block keeps its class's attributes and the names of its
 parameters: its class is replaced by a subclass, as torch's parametrizations do.
 
@@ -19,18 +21,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sret.errors import InputError
+from sret.layers.projection import NonLinearProjection
 from sret.models.recursify.subclass import subclass
 
 
-def add_passes(block: nn.Module, extra_passes: int, has_scale: bool, is_damped: bool) -> None:
+def add_passes(
+    block: nn.Module, extra_passes: int, has_scale: bool = False, is_damped: bool = False, has_projection: bool = False
+) -> None:
     """Changes a block in place.
 
     Args:
         extra_passes: K.
         has_scale: whether a_0 is learned.
         is_damped: whether d is 1 / (K + 1).
+        has_projection: whether each run is followed by a non-linear projection; its width is that of the block's first
+            LayerNorm.
 
-    Raises `InputError` for a block whose own `forward` was replaced, as some tools do with hooks.
+    Raises `InputError` for a block whose own `forward` was replaced, as some tools do with hooks, and for projections
+    of a block without LayerNorm.
     """
     if "forward" in vars(block):
         raise InputError(
@@ -40,6 +48,10 @@ def add_passes(block: nn.Module, extra_passes: int, has_scale: bool, is_damped: 
     block.__class__ = _repeated(type(block))  # type: ignore[arg-type]  # mypy takes classes for not hashable
     block.register_parameter("pass_scale", nn.Parameter(first.new_ones(1)) if has_scale else None)
     block.register_parameter("pass_gates", nn.Parameter(first.new_zeros(extra_passes)) if extra_passes else None)
+    if has_projection:
+        block.add_module("pass_projections", _projections(block, 1 + extra_passes))
+    else:
+        vars(block)["pass_projections"] = None  # no entry among the modules: an nn.Sequential would call it
     vars(block)["pass_damping"] = 1 / (extra_passes + 1) if is_damped else 1.0
 
 
@@ -57,13 +69,42 @@ def _repeated(base: type[nn.Module]) -> type[nn.Module]:
         place = _place_of_stream(base, inputs, y)
         if self.pass_scale is not None:
             y = _between(inputs[place], y, self.pass_scale)
+        y = self.pass_projections[0](y) if self.pass_projections else y
         with _fixed_statistics(self):
             for k in range(0 if self.pass_gates is None else len(self.pass_gates)):
                 inputs[place] = y
                 y = _between(y, run(), self.pass_damping * self.pass_gates[k])
+                y = self.pass_projections[k + 1](y) if self.pass_projections else y
         return y
 
     return subclass(base, "Repeated", forward, _repeated)
+
+
+class StreamProjection(NonLinearProjection):
+    """(B, ..., C) -> (B, ..., C): a non-linear projection that begins as the identity.
+
+    Raises `InputError` for a tensor with another number of channels in its last axis.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.dim = dim
+        nn.init.zeros_(self.branch.fc2.weight)
+        nn.init.zeros_(self.branch.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ..., C) -> (B, ..., C)."""
+        if x.shape[-1] != self.dim or x.ndim < 3:
+            raise InputError(f"a projection takes a stream with {self.dim} channels last, not {tuple(x.shape)}")
+        return super().forward(x.flatten(1, -2)).view(x.shape)
+
+
+def _projections(block: nn.Module, count: int) -> nn.ModuleList:
+    norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+    if not norms or isinstance(block, nn.Sequential):
+        raise InputError(f"a {type(block).__name__} cannot have projections: it has no LayerNorm, or is a sequence")
+    first, width = next(block.parameters()), norms[0].normalized_shape[-1]
+    return nn.ModuleList(StreamProjection(width) for _ in range(count)).to(first)
 
 
 def _between(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
