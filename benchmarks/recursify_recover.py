@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder of parquet files")
     parser.add_argument("--family", choices=FAMILIES, default="deit")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ways", nargs="+", choices=SHARED, default=list(SHARED), help="how blocks are shared")
     parser.add_argument("--images", type=int, default=5000, help="of training; as many for the test")
     parser.add_argument("--epochs", type=int, default=12, help="of the original")
     parser.add_argument("--recover", type=int, default=4, help="epochs after the conversion")
@@ -78,12 +79,12 @@ def main() -> None:
         torch.manual_seed(seed)
         original = FAMILIES[options.family]().to(DEVICE)
         seconds = fit(original, batches, range(options.epochs), None)
-        for name, sharing in SHARED.items():
+        for name in options.ways:
             for is_distilled in (False, True):
                 key = (options.family, seed, name, is_distilled)
                 if key in done:
                     continue
-                model = recursify(original, **sharing)
+                model = recursify(original, **SHARED[name])
                 row: dict[str, Any] = {"key": key, "parameters": sum(p.numel() for p in model.parameters())}
                 row["top1_original"], _ = accuracy(original, original, *test)
                 row["top1_before"], row["agreement_before"] = accuracy(model, original, *test)
