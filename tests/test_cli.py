@@ -242,7 +242,7 @@ def test_a_bad_image_in_a_worker_is_one_line_too(sret, tmp_path):
         assert code == 2
         assert one_line(err) == (
             f"sret: error: {folder}/cat/001.png: not an image that can be read; repair or remove these images, or "
-            "set a larger max_corrupt\n"
+            "set a larger --max_corrupt\n"
         )
 
 

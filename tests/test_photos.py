@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sret import InputError, ModelConfig, StageConfig
 from sret.checkpoints.card import load_weights
 from sret.cli.main import main
+from sret.data import image_files
 from sret.data.config import Augmentation
 from sret.data.image_files import find_image_files
 from sret.data.preprocess import Encoded, Preprocessing
@@ -160,6 +161,13 @@ def test_files_that_are_passed_over_are_counted_by_kind_with_a_cure(tmp_path):
     assert "1 .mp4" in text
     assert "1 broken link" in text
     assert "notes" not in text
+
+
+def test_a_photo_that_needs_another_package_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "image_suffixes", frozenset)
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(InputError, match=r"a.HEIC: not an image that can be read \(pip install pillow-heif\)"):
+        RGB.load(tmp_path / "a.HEIC")
 
 
 def test_unequal_classes_give_a_warning_and_can_be_balanced(tmp_path, capsys):

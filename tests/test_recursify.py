@@ -249,7 +249,7 @@ def test_masks_of_every_shape_are_sliced_too():
 
 
 def test_what_cannot_be_sliced_is_one_line():
-    with pytest.raises(InputError, match=r"slices are \(4,\); with passes=2 they must be 2 numbers"):
+    with pytest.raises(InputError, match=r"slices are \(4,\); give one number for each pass, and passes is 2"):
         recursify(FAMILIES["ViT"](), passes=2, slices=(4,))
     for family in ("Mixer", "Swin", "ConvNeXt"):
         with pytest.raises(InputError, match="cannot be sliced"):
@@ -311,11 +311,11 @@ def test_what_cannot_be_shared_is_one_line():
         recursify(model, passes=3, share="middle")
     with pytest.raises(InputError, match=r"rank is 99, .* use at most 32"):
         recursify(model, passes=2, rank=99)
-    with pytest.raises(InputError, match="no sequence of like blocks"):
+    with pytest.raises(InputError, match="no sequence of equal blocks"):
         recursify(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), passes=2)
-    with pytest.raises(InputError, match="'body' has no like blocks; blocks have"):
+    with pytest.raises(InputError, match="no container 'body' of equal blocks; there is blocks"):
         recursify(model, passes=2, parts=("body",))
-    with pytest.raises(InputError, match="unexpected keyword argument 'pases'"):
+    with pytest.raises(InputError, match="no option 'pases'; did you mean 'passes'"):
         recursify(model, pases=2)
     with pytest.raises(InputError, match=r"leave it out: parts=\('blocks',\)"):
         recursify(FAMILIES["CaiT"](), passes=4)
@@ -325,6 +325,8 @@ def test_what_cannot_be_shared_is_one_line():
     for options in ({"rank": 2}, {"share": "cycle"}, {"init": "mean"}, {"damping": True}):
         with pytest.raises(InputError, match=f"{next(iter(options))} has no effect without"):
             recursify(model, **options)
+    with pytest.raises(InputError, match="have extra passes or scales already"):
+        recursify(recursify(model, extra_passes=1), scale=True)
     with pytest.raises(InputError, match="takes a module, not str"):
         recursify("vit_tiny_patch16_224")
     model.blocks[0].attn.qkv.weight.requires_grad_(False)

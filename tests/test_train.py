@@ -513,7 +513,7 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
+def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path, capsys):
     folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 12})
     for split in ("train", "val"):
         broken = load_data(str(folder)).split(split).images[0]
@@ -522,6 +522,9 @@ def test_unreadable_images_are_skipped_up_to_the_limit(tmp_path):
     with pytest.warns(UserWarning, match=r"skipped \(2 of at most 2\)"):
         train(recipe, tmp_path / "run", runtime=RuntimeConfig(max_corrupt=2))
     assert len(load_state(tmp_path / "run" / STATE)["unreadable"]) == 2
+    readable = len(load_data(str(folder)).split("val")) - 1
+    assert load_weights(tmp_path / "run" / BEST)[1].training["val_images"] == readable
+    assert f"({readable} images, epoch" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match="more images than max_corrupt 1 cannot be read"):
         train(recipe, tmp_path / "strict", runtime=RuntimeConfig(max_corrupt=1))
     with pytest.raises(InputError, match=r"png: not an image"):

@@ -35,6 +35,11 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(found)
 
 
+def decoding_hint(suffix: str) -> str:
+    """How to read files with this suffix, in lower case; empty if this installation decodes them, or for others."""
+    return "" if suffix in image_suffixes() else _HINTS.get(suffix, "")
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is left out: its name starts with a dot, or is one that systems create."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS

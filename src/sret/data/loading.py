@@ -123,4 +123,4 @@ class Unreadable:
 def too_many(errors: Sequence[str], limit: int) -> InputError:
     """The error for more unreadable images than the limit."""
     what = f"more images than max_corrupt {limit} cannot be read: " if limit else ""
-    return InputError(f"{what}{first_few(errors)}; repair or remove these images, or set a larger max_corrupt")
+    return InputError(f"{what}{first_few(errors)}; repair or remove these images, or set a larger --max_corrupt")

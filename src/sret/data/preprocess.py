@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision import transforms
 
-from sret.data.image_files import image_suffixes
+from sret.data.image_files import decoding_hint, image_suffixes
 from sret.errors import InputError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -196,7 +196,8 @@ def _naming(source: ImageSource) -> Iterator[None]:
         raise InputError(f"{name_of(source)}: the image is too large ({error}); resize it") from error
     except Exception as error:  # decoders raise errors of any class
         is_there = not isinstance(source, Path) or source.is_file()
-        reason = "not an image that can be read" if is_there else "no such file"
+        hint = decoding_hint(source.suffix.lower()) if isinstance(source, Path) else ""
+        reason = f"not an image that can be read{hint and f' ({hint})'}" if is_there else "no such file"
         raise InputError(f"{name_of(source)}: {reason}") from error
 
 

@@ -59,6 +59,11 @@ class Predictions:
     classes: Tensor
     confidences: Tensor
 
+    @property
+    def count(self) -> int:
+        """How many images could be read."""
+        return int((self.labels != UNREADABLE).sum())
+
 
 @dataclass(frozen=True)
 class Evaluation:

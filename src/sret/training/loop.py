@@ -276,7 +276,8 @@ def finish(setup: Setup, state: TrainingState, signal: Signals | None) -> Path:
         return out / run_dir.LAST
     if setup.accelerator.is_main_process:  # nobody waits for it
         draw_report(setup, state)
-    num_images, epoch = len(setup.data.split("val")), state.best["epoch"]
+    assert state.best_predictions is not None
+    num_images, epoch = state.best_predictions.count, state.best["epoch"]
     console.print(
         f"Best validation accuracy {selection_key(state.best)[0]:.2f} % ({num_images} images, epoch {epoch}); "
         f"weights in {out / run_dir.BEST}, report in {out / run_dir.REPORT}",

@@ -105,10 +105,11 @@ class TrainingState:
 
     def _card(self, setup: Setup) -> Card:
         """The metadata of the weights files."""
+        evaluated = self.best_predictions
         about = {
             "recipe": setup.recipe,
             "data": setup.sources["data"],
-            "val_images": len(setup.data.split("val")),
+            "val_images": len(setup.data.split("val")) if evaluated is None else evaluated.count,
             "step": self.step,
             "metrics": self.rows[-1] if self.rows and self.rows[-1]["step"] == self.step else {},
             "versions": setup.versions,

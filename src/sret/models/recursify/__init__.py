@@ -6,12 +6,12 @@ features, checkpointing of gradients, parameter groups and exporters of the mode
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from torch import nn
 
-from sret.errors import InputError
+from sret.errors import InputError, did_you_mean
 from sret.models.recursify.passes import add_passes
 from sret.models.recursify.runs import Run, find_runs
 from sret.models.recursify.sharing import Init, Share, check_own_weights, check_rank, groups_of, tie
@@ -41,7 +41,7 @@ class Sharing:
         projection: each run of a block is followed by a non-linear projection (NLL) of its own, at first the identity;
             for streams with channels last.
         damping: multiplies the gates of the extra passes by 1 / (extra_passes + 1).
-        parts: names of the containers of blocks to change, such as "blocks"; by default all runs of like blocks.
+        parts: names of the containers of blocks to change, such as "blocks"; by default all runs of equal blocks.
     """
 
     passes: PositiveInt = 1
@@ -64,7 +64,7 @@ class Sharing:
         for num_groups in self.slices:
             check_number("slices", num_groups, PositiveInt)
         if self.slices and len(self.slices) != self.passes:
-            raise InputError(f"slices are {self.slices}; with passes={self.passes} they must be {self.passes} numbers")
+            raise InputError(f"slices are {self.slices}; give one number for each pass, and passes is {self.passes}")
 
     def _check_effect(self) -> None:
         """Raises `InputError` for an option that would have no effect."""
@@ -79,21 +79,22 @@ def recursify(model: Model, **options: object) -> Model:
     """A copy of a model in which blocks share weights or run more than once.
 
     Args:
-        model: any module with a run of like blocks: a vision transformer of timm, an `nn.TransformerEncoder`, ...
-        options: the fields of `Sharing`.
+        model: any module with equal blocks in sequence: a vision transformer of timm, an `nn.TransformerEncoder`, ...
+        options: `passes`, `extra_passes`, `share`, `init`, `rank`, `slices`, `scale`, `projection`, `damping`, `parts`;
+            see `Sharing`.
 
     Shared parameters are the same object in all places, so optimizers and `parameters()` see them once.
     `safetensors.torch.save_model` writes them once.
 
-    Raises `InputError` for a model without like blocks or whose blocks share weights already, for passes that do not
+    Raises `InputError` for a model without equal blocks or whose blocks share weights already, for passes that do not
     divide the blocks, for a rank above the width, and for options without effect.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"recursify takes a module, not {type(model).__name__}")
-    try:
-        sharing = Sharing(**options)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"recursify: {error}") from error
+    names = [field.name for field in fields(Sharing)]
+    for name in options.keys() - names:
+        raise InputError(f"recursify has no option {name!r}{did_you_mean(name, names)}")
+    sharing = Sharing(**options)  # type: ignore[arg-type]
     model = copy.deepcopy(model)
     runs = _chosen_runs(model, sharing.parts)
     if sharing.passes > 1:
@@ -122,10 +123,14 @@ def recursify(model: Model, **options: object) -> Model:
 def _chosen_runs(model: nn.Module, parts: Sequence[str]) -> list[Run]:
     runs = find_runs(model)
     if not runs:
-        raise InputError(f"{type(model).__name__} has no sequence of like blocks, so nothing can be shared or repeated")
+        raise InputError(
+            f"{type(model).__name__} has no sequence of equal blocks, so nothing can be shared or repeated"
+        )
     names = [run.name for run in runs]
     if unknown := [part for part in parts if part not in names]:
-        raise InputError(f"parts: {unknown[0]!r} has no like blocks; {', '.join(dict.fromkeys(names))} have")
+        raise InputError(
+            f"parts: there is no container {unknown[0]!r} of equal blocks; there is {', '.join(dict.fromkeys(names))}"
+        )
     return [run for run in runs if not parts or run.name in parts]
 
 

@@ -44,6 +44,8 @@ def add_passes(
         raise InputError(
             f"the forward of a {type(block).__name__} was replaced, which hides extra passes; undo it first"
         )
+    if hasattr(block, "pass_gates"):
+        raise InputError("the blocks have extra passes or scales already; start from the model without them")
     first = next(block.parameters())
     block.__class__ = _repeated(type(block))  # type: ignore[arg-type]  # mypy takes classes for not hashable
     block.register_parameter("pass_scale", nn.Parameter(first.new_ones(1)) if has_scale else None)

@@ -1,4 +1,4 @@
-"""Finds runs of like blocks in a model by structure, so that no table of model names is needed.
+"""Finds runs of equal blocks in a model by structure, so that no table of model names is needed.
 
 A run is a sequence of neighbours in an `nn.Sequential` or `nn.ModuleList` with equal types, shapes and settings. A unit
 of a run is one block, or several that repeat as a group, such as the plain and the shifted block of a Swin transformer.
@@ -18,7 +18,7 @@ IGNORED_SETTINGS = {"training", "drop_prob", "p", "fused_attn", "layer_idx", "la
 
 @dataclass(frozen=True)
 class Run:
-    """Like units that follow each other.
+    """Equal units that follow each other.
 
     Attributes:
         name: of the container, such as "blocks" or "layers.2.blocks".

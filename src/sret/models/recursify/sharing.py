@@ -67,7 +67,7 @@ def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
     """Replaces the parameters of all blocks by shared ones, in place.
 
     Args:
-        blocks: like blocks, with parameters of their own.
+        blocks: equal blocks, with parameters of their own.
         init: the shared weights are those of the first block, or the mean of all.
         rank: of each pass's correction of a matrix; 0 for none.
 
