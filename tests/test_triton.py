@@ -96,8 +96,11 @@ def test_gradients_of_two_passes_are_those_of_the_formula(case):
     with triton_kernels(False):
         # In float32, for the same random numbers of stochastic depth; its own error is as large.
         expected = gradients(parts, torch.float32)
+    # A coefficient's gradient is a product of the stream and its gradient, which may cancel: it is rounded as they are.
+    rounding = torch.finfo(torch.float32).eps * (x.norm() * direction.norm()).item()
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * b.detach().abs().max().item(), rtol=1e-4)
+        atol = max(1e-5 * b.detach().abs().max().item(), rounding if b.numel() == 1 else 0.0)
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
 
 
 @pytest.mark.slow
