@@ -114,7 +114,7 @@ def teacher(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed", "late", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "taught"))]
+    "name", ["late", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "mixed", "taught"))]
 )
 def test_a_run_with_a_graph_ends_with_the_same_weights(name, teacher, tmp_path, monkeypatch):
     recipe, made = replace(RECIPE, **CHANGES[name]), []

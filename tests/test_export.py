@@ -209,6 +209,7 @@ def test_whatever_is_computed_depends_on_the_image(config, size):
     assert {node.op_type for node in graph.node} >= {"MatMul", "Gelu", "LayerNormalization", "Softmax", "Gather"}
 
 
+@pytest.mark.slow
 def test_commands_give_equal_results_from_every_file(digits, sret, tmp_path):  # noqa: F811
     images = sorted((ROOT / "examples" / "digits").glob("*.png"))
     answers = []
