@@ -24,7 +24,7 @@ import yaml
 from sret.checkpoints.card import load_weights
 from sret.data.config import Augmentation
 from sret.inference.evaluate import evaluate_on
-from sret.models.cost import model_cost
+from sret.models.build import totals_of
 from sret.training.config import RuntimeConfig, TrainConfig
 from sret.training.loop import train
 from sret.training.run_dir import METRICS
@@ -69,7 +69,7 @@ def read_recipe(path: Path, data: str, is_small: bool) -> TrainConfig:
         values["model"] = {"img_size": 32, "stages": [stage]}
         values |= {"batch_size": 64, "data": "digits", "augmentation": Augmentation(geometry="affine", flip=False)}
     recipe = TrainConfig(**values)
-    parameters = model_cost(recipe.model_config(10)).parameters
+    parameters = totals_of(recipe.model_config(10))[0]
     if parameters > MAX_PARAMETERS:
         raise SystemExit(f"the model has {parameters:,} parameters, more than {MAX_PARAMETERS:,}")
     return recipe

@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import save_file
 from timm.loss import SoftTargetCrossEntropy
 
-from sret import SReT
 from sret.data.config import Augmentation
 from sret.data.image_files import image_suffixes
 from sret.data.loading import TrainDataset
 from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
+from sret.models.build import build
 from sret.training.config import TrainConfig
 from sret.training.distillation.config import Distillation
 from sret.training.distillation.precompute import write_soft_labels
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     stored_set = SoftLabelDataset(folder / "labels", data, preprocessing)
     check(stored_set, teacher, own == preprocessing, device)
 
-    student = SReT(student_config).to(device).train()
+    student = build(student_config).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     criterion = SoftTargetCrossEntropy()
 

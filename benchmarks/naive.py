@@ -15,7 +15,7 @@ from sret import SReT
 from sret.kernels.slices import slice_lengths
 from sret.layers import Block, LearnableResidual, Permutation, Recursion, SlicedAttention
 from sret.layers.mlp import Mlp
-from sret.models.sret import Stage
+from sret.models.stage import Stage
 
 
 class Naive(nn.Module):

@@ -39,8 +39,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         "swin_tiny_patch4_window7_224",
         **{**PLAIN, "patch_size": 2},
         window_size=4,
-        embed_dim=32,
-        depths=(2, 6),
+        embed_dim=24,
+        depths=(2, 12),  # 6 pairs of a plain and a shifted block can be shared by two and by three
         num_heads=(1, 2),
         drop_path_rate=0.0,
     ),
@@ -49,13 +49,19 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 SHARED: dict[str, dict[str, Any]] = {
     "strict": {"passes": 2},
     "mean": {"passes": 2, "init": "mean"},
+    "closest": {"passes": 2, "init": "closest"},
+    "similar": {"passes": 2, "share": "similar"},
     "rank 8": {"passes": 2, "init": "mean", "rank": 8},
-    "scale": {"passes": 2, "scale": True},
+    "scale": {"passes": 2, "scale": "scalar"},
+    "vector": {"passes": 2, "scale": "vector"},
+    "NLL": {"passes": 2, "projection": True},
     "strict 3x": {"passes": 3},
+    "rank 8 3x": {"passes": 3, "init": "mean", "rank": 8},
     "extra pass": {"extra_passes": 1},
     "more": {},
 }
 LEARNING_RATE = 1e-3
+SAMPLES = 128  # images that show how alike blocks are
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # of an epoch
 
 
@@ -65,6 +71,9 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, default="deit")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ways", nargs="+", choices=SHARED, default=list(SHARED), help="how blocks are shared")
+    parser.add_argument(
+        "--distilled", nargs="+", choices=SHARED, default=list(SHARED), help="those of them also distilled"
+    )
     parser.add_argument("--images", type=int, default=5000, help="of training; as many for the test")
     parser.add_argument("--epochs", type=int, default=12, help="of the original")
     parser.add_argument("--recover", type=int, default=4, help="epochs after the conversion")
@@ -80,11 +89,13 @@ def main() -> None:
         original = FAMILIES[options.family]().to(DEVICE)
         seconds = fit(original, batches, range(options.epochs), None)
         for name in options.ways:
-            for is_distilled in (False, True):
+            for is_distilled in (False, True)[: 1 + (name in options.distilled)]:
                 key = (options.family, seed, name, is_distilled)
                 if key in done:
                     continue
-                model = recursify(original, **SHARED[name])
+                needs_images = not {"closest", "similar"}.isdisjoint(SHARED[name].values())
+                images = PREPROCESSING.normalize(train[0][:SAMPLES].float() / 255) if needs_images else None
+                model = recursify(original, images, **SHARED[name])
                 row: dict[str, Any] = {"key": key, "parameters": sum(p.numel() for p in model.parameters())}
                 row["top1_original"], _ = accuracy(original, original, *test)
                 row["top1_before"], row["agreement_before"] = accuracy(model, original, *test)

@@ -21,11 +21,12 @@ from sret.bench import runner, timing
 from sret.bench.candidates import DTYPES, make_subject, objection
 from sret.bench.report import Report, Row
 from sret.bench.runner import TOLERANCE, Settings, bench
-from sret.bench.timing import alternate, count_macs, quartiles, ratio, roofline
+from sret.bench.timing import alternate, quartiles, ratio, roofline
 from sret.checkpoints.card import Card, save_weights
 from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.export.runtime import Exported
+from sret.models.build import count_macs
 from sret.models.variants import CONFIGS
 
 CPU = torch.device("cpu")
@@ -355,7 +356,7 @@ def test_too_large_a_batch_is_one_line_with_advice(words):
             return x.mean((2, 3))
 
     with pytest.raises(
-        InputError, match=r"large eager float32: .* does not fit in memory; try a smaller --batch-size$"
+        InputError, match=r"large eager float32: .* does not fit in memory; try a smaller --batch_size$"
     ):
         bench({"large": Large()}, quick())
 

@@ -109,6 +109,7 @@ OTHER_VALUES = {
     "drop_rate": 0.5,
     "drop_path_rate": 0.9,
     "global_pool": "max",
+    "exits": "passes",
 }
 OTHER_STAGES = {
     "embed_dim": 32,
@@ -117,6 +118,7 @@ OTHER_STAGES = {
     "groups": (4, 2, 1),
     "mlp_ratio": 3.0,
     "projection_ratio": None,
+    "merge": (1,),
 }
 
 

@@ -14,9 +14,10 @@ from sret.checkpoints.card import Card, save_weights
 from sret.data.preprocess import Preprocessing
 from sret.kernels.cuda_graph import WARM_UP, GraphedGradients
 from sret.layers.permutation import Permuter, StaticPermuter
-from sret.training import distributed, setup
+from sret.training import distributed
 from sret.training.config import Distillation, RuntimeConfig
 from sret.training.loop import train
+from sret.training.setup import create
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -121,13 +122,13 @@ def test_a_run_with_a_graph_ends_with_the_same_weights(name, teacher, tmp_path, 
     if recipe.distillation:
         recipe = replace(recipe, distillation=Distillation(teacher=str(teacher)))
 
-    def make_graph(model: SReT, make=setup.make_graph) -> GraphedGradients:
+    def make_graph(model: SReT, make=create.make_graph) -> GraphedGradients:
         made.append(make(model))
         made[0].record = StandIn(made[0].parameters, model)
         return made[0]
 
     train(recipe, tmp_path / "plain")
-    monkeypatch.setattr(setup, "make_graph", make_graph)
+    monkeypatch.setattr(create, "make_graph", make_graph)
     monkeypatch.setattr(distributed, "refuse_cuda_graph", lambda *_: None)
     train(recipe, tmp_path / "graph", runtime=RuntimeConfig(cuda_graph=True))
     assert made[0].record.replays >= 2
@@ -142,8 +143,8 @@ def test_a_graph_that_cannot_be_used_is_refused(tmp_path):
     nested = replace(RECIPE, model=replace(RECIPE.model, memory="nested"))
     for recipe, message in ((nested, "memory 'nested'"), (replace(RECIPE, mixed_precision="fp16"), "fp16")):
         with pytest.raises(InputError, match=message):
-            distributed.refuse_cuda_graph(recipe, on_gpu)
-    distributed.refuse_cuda_graph(RECIPE, on_gpu)
+            distributed.refuse_cuda_graph(recipe, recipe.model_config(), on_gpu)
+    distributed.refuse_cuda_graph(RECIPE, RECIPE.model_config(), on_gpu)
     for changes in ({"compile": True}, {"fsdp": True}, {"grad_accum_steps": 2}):
         with pytest.raises(InputError, match="cuda_graph cannot be used with"):
             RuntimeConfig(cuda_graph=True, **changes)

@@ -78,10 +78,10 @@ def _traced_once():
     """To trace a model takes seconds, so what was traced before is taken from here."""
     known: dict[object, onnx.ModelProto] = {}
 
-    def remembered(model: SReT, img_size: tuple[int, int]) -> onnx.ModelProto:
-        key = checksum(model.state_dict()), model.config, img_size
+    def remembered(model: SReT, image: tuple[int, int, int], policy: None = None) -> onnx.ModelProto:
+        key = checksum(model.state_dict()), model.config, image
         if key not in known:
-            known[key] = to_onnx(model, img_size)
+            known[key] = to_onnx(model, image)
         proto = onnx.ModelProto()
         proto.CopyFrom(known[key])
         return proto
@@ -201,7 +201,7 @@ def test_a_weight_is_there_once_however_many_passes_share_it(tmp_path):
 
 @pytest.mark.parametrize(("config", "size"), [(tiny_config(), (80, 56)), (one_stage(permutation="strided"), (72, 72))])
 def test_whatever_is_computed_depends_on_the_image(config, size):
-    graph = exporting.to_onnx(disturbed(config), size).graph
+    graph = exporting.to_onnx(disturbed(config), (3, *size)).graph
     reached = {"images"}
     for node in graph.node:  # in an order of computation
         assert reached & set(node.input), f"{node.op_type} could be computed once"
@@ -263,7 +263,7 @@ def test_fewer_bits_keep_the_predictions(suffix, dtype, least, share, digits, tm
 
 def test_each_output_channel_of_a_quantized_weight_has_a_scale_of_its_own(tmp_path):
     batches = [(torch.randn(2, 3, 32, 32), None)]
-    proto = quantized(to_onnx(SReT(one_stage(num_classes=3)), (32, 32)), iter(batches), tmp_path)
+    proto = quantized(to_onnx(SReT(one_stage(num_classes=3)), (3, 32, 32)), iter(batches), tmp_path)
     sizes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     inputs = [node.input for node in proto.graph.node if node.op_type == "DequantizeLinear"]
     weights = {x: sizes[scale] for x, scale, *_ in inputs if len(sizes.get(x, ())) == 2}

@@ -83,7 +83,7 @@ def test_a_page_shows_names_safely_and_the_worst_mistake(tmp_path, num_classes, 
         write_report(tmp_path / "page.pdf", evaluation, RGB)
 
 
-@pytest.mark.parametrize("losses", [(1.44, 1.52), (0.9, 2.3), (0.02, 3.0)])
+@pytest.mark.parametrize("losses", [(1.44, 1.52), (0.93, 1.04), (0.9, 2.3), (0.02, 3.0)])
 def test_losses_have_ticks_that_are_plain_numbers(losses):
     figure, axes = plt.subplots()
     draw_losses(axes, [{"epoch": k, "train_loss": loss} for k, loss in enumerate(losses)])

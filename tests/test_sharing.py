@@ -22,9 +22,10 @@ from sret.export import export as exporting
 from sret.export.export import export_model
 from sret.export.onnx import to_onnx
 from sret.layers.recursion import CompiledPass
-from sret.models.config import ModelConfig, StageConfig
+from sret.models.config import ModelConfig
 from sret.models.deep import deep_config
 from sret.models.fuse import fuse
+from sret.models.stage_config import StageConfig
 from sret.models.variants import DEEP
 from sret.training.optim import make_ema
 
@@ -184,7 +185,7 @@ def test_an_engine_file_holds_each_weight_once(layers: int, tmp_path: Path, monk
     model = disturbed(deep(layers))  # no two weights are equal by chance
     # The time of a rule for two nodes, which is tried on all pairs, grows with the square of the number of passes.
     monkeypatch.setattr(slice_split_rule, "try_rewrite", lambda *_, **__: pytest.fail("all pairs of nodes compared"))
-    graph = to_onnx(model, (32, 32))
+    graph = to_onnx(model, (3, 32, 32))
     monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx.ModelProto.FromString(graph.SerializeToString()))
     paths = [tmp_path / "m.onnx", tmp_path / "m.xml"]
     for path in paths:

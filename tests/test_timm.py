@@ -3,6 +3,9 @@
 Left out: TorchScript (`torch.jit.script`), which torch has deprecated and which cannot type the residual's branch.
 """
 
+import sys
+
+import processes
 import pytest
 import timm
 import torch
@@ -327,3 +330,13 @@ def test_the_cfg_of_a_loaded_model_is_that_of_its_card(tmp_path):
     assert (found["input_size"], found["mean"], found["std"]) == ((1, 32, 32), (0.1,), (0.3,))
     assert (found["crop_pct"], found["interpolation"]) == (1.0, "bilinear")
     assert model.pretrained_cfg["label_names"] == names
+
+
+def test_any_module_can_be_the_first_import():
+    """Registering imports only modules that do not import timm, so that none of them can be half-imported then."""
+    find = "import sys, sret, timm; print(*{m for m in sys.modules if m.startswith('sret.')} - {'sret.registry'})"
+    found = processes.run([sys.executable, "-c", find]).stdout.split()
+    assert "sret.models.variants" in found
+    code = "import sys, sret; sys.modules['timm'] = None\nfor name in sys.argv[1:]: __import__(name)"
+    done = processes.run([sys.executable, "-c", code, *found])
+    assert not done.returncode, done.stderr

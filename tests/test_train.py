@@ -114,6 +114,7 @@ OTHER_VALUES = {
     "init": "weights of a run",
     "epochs": 3,
     "recursion_start": 0.9,
+    "pass_weights": (1.0, 2.0),
     "batch_size": 128,
     "optimizer": "sgd",
     "learning_rate": 1e-3,

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from test_weights import official_state_dict
 
 from sret import InputError, ModelConfig, SReT, StageConfig
-from sret.checkpoints.adapt import read_source, transfer, transfer_file
+from sret.checkpoints.adapt import transfer, transfer_file
 from sret.checkpoints.card import Card, save_weights
 from sret.checkpoints.official import to_official
+from sret.checkpoints.resolve import read_source
 from sret.data.preprocess import Preprocessing
 from sret.models.variants import config_of
 from sret.training.config import TrainConfig

@@ -24,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from sret.kernels.gpu.attention import INDEXED, PackedAttention, Slices, attention_residual
+from sret.kernels.gpu.attention import PackedAttention, attention_residual
 from sret.kernels.gpu.mlp import PackedMlp, mlp_residual
 from sret.kernels.gpu.rest import whole_pass
+from sret.kernels.gpu.slices import INDEXED, Slices
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

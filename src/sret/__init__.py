@@ -23,25 +23,32 @@ if TYPE_CHECKING:
     from sret.checkpoints.card import load
     from sret.checkpoints.official import load_official
     from sret.errors import InputError
-    from sret.models.config import ModelConfig, StageConfig
+    from sret.models.config import ModelConfig
     from sret.models.cost import model_cost
     from sret.models.deep import deep_config
     from sret.models.fuse import fuse
-    from sret.models.recursify import recursify
+    from sret.models.merge import merge_tokens
+    from sret.models.recursify import recursify, recursify_cost, recursify_distance
     from sret.models.sret import SReT
+    from sret.models.stage_config import StageConfig
+    from sret.models.timm.config import TimmConfig
 
 __all__ = [
     "InputError",
     "ModelConfig",
     "SReT",
     "StageConfig",
+    "TimmConfig",
     "deep_config",
     "fuse",
     "layers",
     "load",
     "load_official",
+    "merge_tokens",
     "model_cost",
     "recursify",
+    "recursify_cost",
+    "recursify_distance",
     "registry",
     "weights",
 ]
@@ -50,14 +57,18 @@ _MODULE_OF = {
     "InputError": "sret.errors",
     "ModelConfig": "sret.models.config",
     "SReT": "sret.models.sret",
-    "StageConfig": "sret.models.config",
+    "StageConfig": "sret.models.stage_config",
+    "TimmConfig": "sret.models.timm.config",
     "deep_config": "sret.models.deep",
     "fuse": "sret.models.fuse",
     "layers": "sret.layers",
     "load": "sret.checkpoints.card",
     "load_official": "sret.checkpoints.official",
+    "merge_tokens": "sret.models.merge",
     "model_cost": "sret.models.cost",
     "recursify": "sret.models.recursify",
+    "recursify_cost": "sret.models.recursify",
+    "recursify_distance": "sret.models.recursify",
     "registry": "sret.registry",
     "weights": "sret.checkpoints.official",
 }

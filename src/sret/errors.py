@@ -108,6 +108,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error, or what to do if memory ran out."""
     if is_out_of_memory(error):
-        return "the batch does not fit in memory; try a smaller --batch-size"
+        return "the batch does not fit in memory; try a smaller --batch_size"
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return textwrap.shorten(printable(line), 500)

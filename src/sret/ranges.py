@@ -104,9 +104,15 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _describe_type(hint: Any) -> str:
     words = {str: "text", dict: "a mapping", list: "a list", tuple: "a list", Path: "a path", type(None): "null"}
+    members = {
+        (int, ...): " of whole numbers",
+        (float, ...): " of numbers",
+        (str, ...): " of text",
+        (str, Any): " of names to values",
+    }
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    origins = [get_origin(kind) or kind for kind in kinds]
-    return " or ".join(words.get(origin, getattr(origin, "__name__", str(origin))) for origin in origins)
+    origins = [(get_origin(kind) or kind, members.get(get_args(kind), "")) for kind in kinds]
+    return " or ".join(words.get(origin, getattr(origin, "__name__", str(origin))) + of for origin, of in origins)
 
 
 def describe_range(number: Any) -> str:

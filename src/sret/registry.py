@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sret.checkpoints import download
 from sret.errors import InputError
 from sret.models.config import ModelConfig, num_stem_maps
-from sret.models.timm_cfg import timm_cfg
+from sret.models.timm.cfg import timm_cfg
 from sret.models.variants import CONFIGS, DEEP, RELEASES, Release, config_of
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ by name has random weights.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sret.bench.timing import count_macs
 from sret.errors import InputError, did_you_mean, first_line
 from sret.export.onnx import to_onnx
 from sret.export.runtime import ENGINES as EXPORTED
 from sret.export.runtime import Exported, load_model, run_onnx
-from sret.models.cost import model_cost
+from sret.models.build import count_macs, totals_of
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
 from sret.safe_yaml import read_yaml
@@ -44,7 +44,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.model, self.images = model.eval(), images
-        macs = model_cost(model.config).macs if isinstance(model, Exported) else count_macs(model, images[:1])
+        macs = totals_of(model.config)[1] if isinstance(model, Exported) else count_macs(model, images[:1])
         self.gmacs = macs / 1e9
 
     def ways(self, engines: Iterable[str], dtypes: Iterable[str]) -> list[tuple[str, str]]:
@@ -59,7 +59,8 @@ class Subject:
         import onnxscript  # noqa: F401  (torch's own error about a missing onnxscript is long)
 
         if isinstance(self.model, SReT):
-            return to_onnx(self.model, (self.images.shape[2], self.images.shape[3])).SerializeToString()
+            channels, height, width = self.images.shape[1:]
+            return to_onnx(self.model, (channels, height, width)).SerializeToString()
         program = torch.onnx.export(self.model, (self.images,), dynamo=True, verbose=False)
         assert program is not None
         return program.model_proto.SerializeToString()
@@ -140,10 +141,16 @@ def make_subject(
     options: dict[str, Any] = {}
     if not isinstance(source, str):
         model = source if isinstance(source, nn.Module) else source()
-    elif Path(source).suffix in (".safetensors", *EXPORTED) or Path(source).is_file():
-        model = load_model(source)[0]
     else:
-        model, options = _from_timm(source, size)
+        source, passes = _without_passes(source)
+        if Path(source).suffix in (".safetensors", *EXPORTED) or Path(source).is_file():
+            model = load_model(source, passes)[0]
+        else:
+            model, options = _from_timm(source, size)
+            if passes is not None:
+                if not isinstance(model, SReT):
+                    raise InputError(f"{name}: only models of sret have passes")
+                model.set_passes(passes)
     channels, *own_size = _image_shape(model, options)
     shape = (channels, *(size or own_size))
     try:
@@ -155,6 +162,14 @@ def make_subject(
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise InputError(f"{name} does not return logits (batch, classes), so it cannot be compared")
     return subject
+
+
+def _without_passes(name: str) -> tuple[str, int | None]:
+    """The name of a model without its option `passes=k`, and k."""
+    match = re.search(r"(?<=[:,])passes=(\d+)(?:,|$)", name)
+    return (
+        (name, None) if match is None else ((name[: match.start()] + name[match.end() :]).rstrip(":,"), int(match[1]))
+    )
 
 
 def _from_timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:

@@ -4,7 +4,6 @@ The candidates alternate in one process, so that a slow phase of the machine aff
 is random, and the next round has it reversed, so that no candidate profits from its place.
 """
 
-import copy
 import math
 import random
 import statistics
@@ -14,10 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import timer  # waits for the GPU
-from torch.utils.flop_counter import FlopCounterMode
 
 TURN = 0.02  # seconds that a turn takes at least: shorter calls are repeated
 PAUSE = 0.005  # seconds between turns: after a call, threads of some engines occupy their core for a moment
@@ -55,16 +51,6 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
     """The lower quartile, the median and the upper quartile."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * [times[0]]
     return low, median, high
-
-
-def count_macs(model: nn.Module, image: Tensor) -> int:
-    """Multiply-adds for one image (1, C, H, W): convolutions, linear layers, attention products."""
-    # PyTorch's counter knows neither the fused kernels of oneDNN nor those of attention, and fails with gradients if a
-    # module returns tuples.
-    model, counter = copy.deepcopy(model).requires_grad_(False), FlopCounterMode(display=False)
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter:
-        model(image)
-    return counter.get_total_flops() // 2
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> float:

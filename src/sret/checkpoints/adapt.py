@@ -13,77 +13,29 @@ The R passes of a block are treated as R equal steps. A model with R' passes cov
 import math
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from operator import le
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sret.checkpoints.card import METADATA_KEY, load_converted, read_card
-from sret.checkpoints.files import ENGINES, StateDict, read_safetensors
+from sret.checkpoints.card import Card, as_sret
 from sret.checkpoints.official import (
+    EXITS,
     check_fit,
-    from_official,
-    has_shapes_of,
     load_pretrained,
-    matching_config,
-    read_official,
 )
-from sret.checkpoints.resolve import find_file
-from sret.errors import InputError, error_prefix, plural
-from sret.models.config import ModelConfig, StageConfig
+from sret.checkpoints.resolve import read_source
+from sret.errors import InputError, InputWarning, error_prefix, plural
+from sret.models.config import ModelConfig
 from sret.models.sret import SReT
-from sret.models.variants import PUBLISHED, config_of
+from sret.models.stage_config import StageConfig
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 _COEFFICIENTS = ("alpha", "beta")
 _SECOND_LAYER = ("branch.fc2.weight", "branch.fc2.bias")
-
-
-def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """`find_file` for weights to start from. Raises `InputError` also for a folder and for an exported model."""
-    if Path(source).is_dir():
-        best = Path(source) / "best.safetensors"
-        raise InputError(f"{source} is a folder; give a weights file in it, such as {best}")
-    if Path(source).suffix in ENGINES:
-        raise InputError(
-            f"{source} is an exported model, which is for inference only; use the weights it was exported from"
-        )
-    return find_file(source)
-
-
-def read_source(source: str | os.PathLike[str], config: ModelConfig) -> tuple[StateDict, ModelConfig]:
-    """The weights of a file (ours or the authors') or of a published name, as our state dict, and their configuration.
-
-    `config`, that of the target model, is used if the file has none: a safetensors file without our metadata, or one
-    that was trained with the authors' code and fits no published model.
-    Raises `InputError` if the file cannot be read safely, or holds no weights of a model.
-    """
-    path, variant = find_source(source)
-    if path.suffix == ".safetensors":
-        state_dict, metadata = read_safetensors(path)
-        if METADATA_KEY not in metadata:
-            with error_prefix(path):
-                return state_dict, matching_config(config, state_dict)
-        card = read_card(path, metadata[METADATA_KEY])
-        card.check_unfused(path)
-        return state_dict, card.config
-    if (converted := load_converted(path)) is not None:
-        return converted[0].state_dict(), converted[1].config
-    official, _ = read_official(path)
-    if "stem.conv1.weight" in official:
-        raise InputError(
-            f"{path} has weights of sret, but is not a weights file; use a run's best.safetensors, or save them with "
-            "safetensors.torch.save_file"
-        )
-    with error_prefix(path):
-        if variant is not None:
-            published: ModelConfig | None = config_of(variant)
-        else:
-            published = next((known for known in PUBLISHED.values() if has_shapes_of(known, official)), None)
-        found = matching_config(published or replace(config, residual_scale="one"), official)
-        return from_official(official, found), found
 
 
 def transfer_file(model: SReT, source: str | os.PathLike[str]) -> list[str]:
@@ -130,8 +82,60 @@ def transfer(model: SReT, state_dict: Mapping[str, Tensor], source: ModelConfig)
             adapted[key] = _step(name, value, *factors, before.num_passes / after.num_passes)
         else:
             adapted[key] = state_dict[taken]
+    if _exits(source) != _exits(target):
+        adapted = {key: value for key, value in adapted.items() if not key.startswith(EXITS)}
     load_pretrained(model, adapted)
     return _report(source, target)
+
+
+def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None) -> tuple[nn.Module, Card]:
+    """The model with other passes, and a card that tells its cost.
+
+    Args:
+        passes: as in `SReT.set_passes`, which is used where the model has so many; None changes nothing. More passes
+            are those of `transfer`, each of them a shorter step; exits after passes are then left out.
+
+    Warns if the weights were not trained for that number of passes. Raises `InputError` as `transfer` does, and for
+    more passes of a fused model.
+    """
+    if passes is None:
+        return model, card
+    with error_prefix("passes"):
+        model, ours = as_sret(model), card.sret_config
+    most = model.config.passes_by_stage(None)
+    if isinstance(passes, int):
+        has_them, wanted = passes <= max(most), (passes,) * len(most)
+    else:
+        has_them, wanted = len(passes) != len(most) or all(map(le, passes, most)), tuple(passes)
+    if has_them:  # or none can have them, as the error says
+        model.set_passes(passes)
+        if model.passes != most and not card.training.get("recipe", {}).get("pass_weights"):
+            warnings.warn(
+                f"the weights were trained with all passes, {_shown(most)}; with {_shown(model.passes)} they are less "
+                "accurate (training with pass_weights makes each number usable)",
+                InputWarning,
+                stacklevel=2,
+            )
+        return model, replace(card, config=ours.first_passes(passes))
+    card.check_unfused("the file")
+    stages = tuple(stage.with_passes(n) for stage, n in zip(ours.stages, wanted, strict=True))
+    config = replace(ours, stages=stages)
+    if ours.exits == "passes":  # the classifiers after added passes would be untrained
+        config, card = replace(config, exits="none"), replace(card, exit_policy=None)
+    longer = SReT(config).eval()
+    transfer(longer, model.state_dict(), ours)
+    longer.pretrained_cfg = longer.default_cfg = model.pretrained_cfg
+    warnings.warn(
+        f"the weights were trained with {_shown(most)} passes; {_shown(wanted)} are untrained",
+        InputWarning,
+        stacklevel=2,
+    )
+    return longer, replace(card, config=config)
+
+
+def _shown(passes: tuple[int, ...]) -> str:
+    """The passes of each stage, or one number if they are equal."""
+    return str(passes[0]) if len(set(passes)) == 1 else str(passes)
 
 
 def _check_models(source: ModelConfig, target: ModelConfig) -> None:
@@ -181,6 +185,11 @@ def _pass_before(pass_index: int, before: StageConfig, after: StageConfig) -> in
     return (2 * pass_index + 1) * before.num_passes // (2 * after.num_passes)
 
 
+def _exits(config: ModelConfig) -> tuple[str, int, int]:
+    """What must be equal for the classifiers of exits to be reused."""
+    return config.exits, config.num_exits, config.num_classes
+
+
 def _hidden_dim(stage: StageConfig) -> int:
     """Hidden channels of each projection; 0 if there are none."""
     return int(stage.embed_dim * (stage.projection_ratio or 0))
@@ -206,6 +215,8 @@ def _report(source: ModelConfig, target: ModelConfig) -> list[str]:
         lines.append(passes)
     if source.num_classes != target.num_classes:
         lines.append(f"new classifier: {target.num_classes} classes instead of {source.num_classes}")
+    if target.exits != "none" and _exits(source) != _exits(target):
+        lines.append(f"{target.num_exits} new classifiers for exits")
     if source.stem_stride != target.stem_stride:
         lines.append(f"stem stride: {target.stem_stride} pixels instead of {source.stem_stride}")
     if source.grids()[0] != target.grids()[0]:

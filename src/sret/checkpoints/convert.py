@@ -10,6 +10,7 @@ from sret.checkpoints.official import to_official
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError
 from sret.files import format_bytes, write_atomically
+from sret.models.build import each_once
 
 
 def convert(source: str, target: Path, variant: str | None = None) -> str:
@@ -31,10 +32,10 @@ def convert(source: str, target: Path, variant: str | None = None) -> str:
         card.check_unfused(source)
         buffer = io.BytesIO()
         # The authors' code reads only "model"; the card lets sret read any model back, not only the published ones.
-        content = {"model": to_official(model.state_dict(), card.config), METADATA_KEY: card.to_json()}
+        content = {"model": to_official(model.state_dict(), card.sret_config), METADATA_KEY: card.to_json()}
         torch.save(content, buffer)
         write_atomically(target, buffer.getvalue())
     else:
-        save_weights(target, model.state_dict(), card)
+        save_weights(target, each_once(model, model.state_dict()), card)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{target}: {parameters:,} parameters, {model.num_classes} classes, {format_bytes(target.stat().st_size)}"

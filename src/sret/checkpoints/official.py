@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
-from torch import Tensor
+from torch import Tensor, nn
 
 from sret.checkpoints.files import StateDict, read_pickle
 from sret.errors import InputError, InputWarning, error_prefix, first_few
@@ -45,6 +45,7 @@ _PROJECTION = {
     "coefficient1.bias": "alpha",
     "coefficient2.bias": "beta",
 }
+EXITS = ("exits.", "exit_norms.")  # ours alone
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -80,7 +81,12 @@ def _renamed(key: str, official_to_ours: Mapping[str, str]) -> str:
 
 
 def to_official(state_dict: Mapping[str, Tensor], config: ModelConfig) -> StateDict:
-    """Our state dict under the authors' names, a shared tensor under each of its positions."""
+    """Our state dict under the authors' names, a shared tensor under each of its positions.
+
+    Raises `InputError` for a model with exits.
+    """
+    if config.exits != "none":
+        raise InputError("the authors' format has no exits; use a .safetensors file")
     return {name: state_dict[key] for key, names in official_keys(config).items() for name in names}
 
 
@@ -171,6 +177,8 @@ def read_official(path: str | os.PathLike[str]) -> tuple[StateDict, str | None]:
     content = read_pickle(path)
     state_dict = content.get("model", content)
     if not fits(state_dict, dict[str, Tensor]):
+        if {"sha256", "content"} <= content.keys():
+            raise InputError(f"{path}: the state of a run, for --resume; give its best.safetensors or last.safetensors")
         raise InputError(f"{path}: no state dict under 'model'; the file has {', '.join(map(str, list(content)[:8]))}")
     if views := [
         key for key, x in state_dict.items() if x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()
@@ -232,8 +240,10 @@ def load_official(path: str | os.PathLike[str], variant: str | None = None) -> S
 
 
 def matching_config(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
-    """`config` with the classes, channels and image size that a state dict, the authors' or ours, is made for."""
+    """`config` with the classes, channels, exits and image size that a state dict, ours or the authors', is for."""
     changes: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
+    if not any(key.startswith(EXITS) for key in state_dict):
+        changes["exits"] = "none"
     for key, tensor in state_dict.items():
         if key == "head.weight" and tensor.ndim > 0:
             changes["num_classes"] = tensor.shape[0]
@@ -248,10 +258,15 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
     """Loads our state dict into a model that may differ in image size, input channels and number of classes.
 
     The position embedding is resized, the first convolution is adapted to the channels, and a classifier for another
-    number of classes keeps its initial values. Raises `InputError` if anything else does not fit.
+    number of classes keeps its initial values, as exits do if the weights have none or others. Raises `InputError` if
+    anything else does not fit.
     """
     expected = model.state_dict()
     adapted = dict(state_dict)
+    ours, theirs = ({k: v.shape for k, v in values.items() if k.startswith(EXITS)} for values in (expected, adapted))
+    if ours != theirs:
+        adapted = {key: value for key, value in adapted.items() if key not in theirs}
+        adapted |= {key: expected[key] for key in ours}
     head = state_dict.get("head.weight")
     if model.num_classes != (0 if head is None else head.shape[0]):
         adapted = {key: value for key, value in adapted.items() if not key.startswith("head.")}
@@ -269,13 +284,13 @@ def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
     load_strictly(model, adapted)
 
 
-def load_strictly(model: SReT, state_dict: Mapping[str, Tensor]) -> None:
+def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Loads our state dict into a model with exactly its keys and shapes; raises `InputError` with the differences."""
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
 
 
-def check_fit(state_dict: Mapping[str, Tensor], model: SReT) -> None:
+def check_fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raises `InputError` if keys, shapes or kinds of numbers differ from the model's, or values are not finite."""
     expected = model.state_dict()
     wrong = _differences(*({key: tensor.shape for key, tensor in state.items()} for state in (state_dict, expected)))

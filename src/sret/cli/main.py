@@ -7,6 +7,7 @@ not be read.
 import atexit
 import gc
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -35,10 +36,12 @@ COMMANDS = {
     "predict": "classify images",
     "features": "write the features of images; measure k-NN and linear-probe accuracy",
     "bench": "compare the speed of models",
+    "recursify": "share the blocks of a timm model, and train it to predict what the original predicts",
     "info": "list the published models, or show one model in detail",
     "convert": "convert the authors' checkpoints to safetensors, and back",
     "push": "upload a model to the Hugging Face Hub",
     "export": "export a model to ONNX Runtime or OpenVINO",
+    "calibrate-exit": "choose when images leave a model with exits early",
 }
 
 # The extra that installs a missing package, if it is not `train`.
@@ -107,7 +110,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _resume_hint(argv: Sequence[str]) -> str:
-    return "; --resume auto continues from the last saved state" if argv[:1] == ["train"] else ""
+    return "; --resume auto continues from the last saved state" if argv[:1] in (["train"], ["recursify"]) else ""
 
 
 def _help() -> str:
@@ -137,7 +140,7 @@ def _command_name(argv: Sequence[str]) -> str:
             f"unknown option {name!r}{did_you_mean(name.lstrip('-'), options, '--')}; the command comes first"
         )
     if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; the commands are {names}")
+        raise InputError(f"unknown command {name!r}{did_you_mean(name, COMMANDS) or '; the commands are ' + names}")
     return name
 
 
@@ -159,6 +162,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
         description=COMMANDS[name][0].upper() + COMMANDS[name][1:],
     )
     command.add_arguments(parser)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if nvcc is there, but no GPU
     try:
         arguments = parser.parse_args(normalize_options(argv))
         for option, value in vars(arguments.as_flat()).items():
@@ -171,7 +175,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
         positionals = {a.dest: str(a.metavar or a.dest) for a in parser._actions if not a.option_strings}
         raise InputError(shorten_error(str(error), options, positionals)) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the recipe is not a text file ({error})") from error
+        _, _, recipe = " ".join(argv).replace("--config=", "--config ").partition("--config ")
+        raise InputError(f"{recipe.split(' -')[0]}: the recipe is not a text file ({error})") from error
     except Exception as error:  # jsonargparse passes on what odd values raise somewhere, such as OverflowError
         raise InputError(f"these options or this recipe cannot be read: {first_line(error)}") from error
     return command.run(arguments)

@@ -29,6 +29,16 @@ def normalize_options(argv: Sequence[str]) -> list[str]:
 _UNKNOWN = re.compile(
     r"Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: ([^\s=]+)"
 )
+# What timm's scripts call the options.
+_NAMES_IN_TIMM = {
+    "amp": "mixed_precision",
+    "grad_checkpointing": "model.memory",
+    "lr": "learning_rate",
+    "opt": "optimizer",
+    "smoothing": "label_smoothing",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
 _NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Problem with given class_path|Given value type:"
     r"|- Expected a <class '(?:str|NoneType)'>|Parser key \"[^\"]+\":$"
@@ -47,7 +57,8 @@ def shorten_error(message: str, options: Sequence[str], positionals: Mapping[str
     if unknown := _UNKNOWN.search(message):
         in_file, in_part, on_line = unknown.groups()
         if on_line and not on_line.startswith("-"):
-            return f"unexpected argument {on_line!r}"
+            hint = f"; did you mean --checkpoint {on_line}?" if "checkpoint" in options else ""
+            return f"unexpected argument {on_line!r}{hint}"
         return _unknown_option(in_file or in_part or on_line, path, options)
     if required := re.search(r"the following arguments are required: (.*)", message):
         return _missing(required[1].split(", "), path, positionals or {})
@@ -55,6 +66,12 @@ def shorten_error(message: str, options: Sequence[str], positionals: Mapping[str
         from sret import ranges  # jsonargparse takes a third of a second
 
         return f"{prefix}must be {ranges.describe_range(getattr(ranges, number[1]))}{_given(message)}"
+    if choices := re.search(r"Expected a (?:typing\.)?Literal\[(.*)\]\.? *(?:Got value: (.*))?", message):
+        found = choices[2] or next(iter(re.findall(r"Given value: (.*)", message)), "")
+        return f"{prefix}must be one of {choices[1].replace(chr(39), '')}; given {found}"
+    if kind := re.search(r"Expected a <class '(?:tuple|dict)'>\. Got value: (.*)", message):
+        shape = f"a list, such as [{kind[1].strip('[]()')}]" if "tuple" in kind[0] else "a mapping, such as {a: 1}"
+        return f"{prefix}must be {shape}; given {kind[1]}"
     given = re.search(r"Given value: (.*)", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _NOISE.search(line)]
     kept = [re.sub(r'^Parser key "[^"]+": ', "", line) for line in lines if not line.startswith("Given value:")]
@@ -74,9 +91,11 @@ def _unknown_option(given: str, path: str, options: Sequence[str]) -> str:
     """The message for an option, `given` with its dashes, or for a field of a recipe, which has none."""
     name, where = given.lstrip("-"), f" in {path}" if path else ""
     dashes = given.removesuffix(name)
-    names_elsewhere = ("grad_checkpointing", "gradient_checkpointing")
-    if name in names_elsewhere and "model.memory" in options:
-        return f"unknown option {given!r}; did you mean '{dashes}model.memory'? Use pass, or nested for deep models"
+    if (ours := _NAMES_IN_TIMM.get(name, "")) in options:
+        advice = " Use pass, or nested for deep models" if ours == "model.memory" else ""
+        return f"unknown option {given!r}; did you mean '{dashes}{ours}'?{advice}"
+    if dashes and name in options:  # an argument without dashes, such as OUT of `sret export`
+        return f"unknown option {given!r}; {name.upper()} is given by its place, without an option"
     by_last_part = {option.rpartition(".")[2]: option for option in reversed(options)}
     last_part = name.rpartition(".")[2]
     if last_part in by_last_part and by_last_part[last_part] != name:

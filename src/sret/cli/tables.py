@@ -1,5 +1,6 @@
 """Prints tables of the cost of models: all named models, or one model by stage and pass."""
 
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
@@ -14,9 +15,11 @@ from sret.errors import first_few, printable
 from sret.export.runtime import load_model
 from sret.files import format_bytes
 from sret.layers.gpu_path import gpu_path
+from sret.models.build import totals_of
 from sret.models.config import ModelConfig
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
+from sret.models.timm.config import TimmConfig
 from sret.models.variants import CONFIGS, RELEASES, config_of
 
 SHOWN_CLASSES = 10
@@ -73,8 +76,22 @@ def gpu_path_of(config: ModelConfig) -> str:
         return gpu_path(SReT(config))
 
 
+def _print_timm(console: Console, name: str, config: TimmConfig, size: tuple[int, int] | None) -> None:
+    """Prints parameters, MACs and settings of a model of timm, called `name`, for images of `size` pixels."""
+    parameters, macs = totals_of(replace(config, img_size=size or config.img_size))
+    height, width = size or config.input_size
+    console.print(
+        f"{name} at {height}x{width}: {parameters:,} parameters ({format_bytes(4 * parameters)} in float32), "
+        f"{macs / 1e9:.3f} G MACs ({2 * macs / 1e9:.3f} GFLOPs)\n"
+        f"{config.timm} of timm; arguments: {config.args or 'none'}; "
+        f"shared blocks: {config.sharing.changed or 'none'}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def _print_card(console: Console, card: Card) -> None:
-    """Prints the classes of a file, and how it prepares images."""
+    """Prints the classes of a file, how it prepares images, and when they leave early."""
     how, names = card.preprocessing, [printable(name) for name in card.class_names]
     classes = first_few(names, SHOWN_CLASSES) if names else "without names"
     (height, width), kind = how.img_size, {1: "grey", 3: "colour"}[len(how.mean)]
@@ -84,6 +101,8 @@ def _print_card(console: Console, card: Card) -> None:
         f"Images: {kind}, {height}x{width} pixels, {how.interpolation}, the central {100 * how.crop_pct:.4g} % of each "
         f"side; in 0..1, mean {mean}, std {std}",
     ]
+    if card.exit_policy is not None:
+        lines.append(f"Early exit: {card.exit_policy.criterion} above {card.exit_policy.threshold:g} (--exit auto)")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -92,6 +111,11 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
     """Prints parameters, MACs, tokens and slices of one model, a name or a file, by stage and pass."""
     card = None if is_name(name) else load_model(name)[1]
     config = config_of(name) if card is None else card.config
+    if isinstance(config, TimmConfig):
+        _print_timm(console, name, config, size)
+        assert card is not None
+        _print_card(console, card)
+        return
     cost = model_cost(config, size)
     height, width = size or config.input_size
     console.print(

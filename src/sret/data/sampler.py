@@ -55,7 +55,8 @@ class EpochBatches(Sampler[list[SampleIndex]]):
         if batch_size > num_samples:
             unit = 2 * num_parts
             most = num_samples // unit * unit
-            hint = f"use at most {most}, for example {max(unit, most // 8 // unit * unit)}" if most else "add images"
+            few = max(unit, most // 8 // unit * unit)
+            hint = f"use at most {most}; {few} gives {num_samples // few} steps per epoch" if most else "add images"
             raise InputError(f"batch_size {batch_size} is more than the {num_samples} training images; {hint}")
         if num_parts > 1 and batch_size % (2 * num_parts):
             raise InputError(

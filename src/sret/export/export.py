@@ -8,20 +8,25 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 
+from sret.checkpoints.adapt import with_passes
 from sret.checkpoints.card import Card
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
 from sret.data.loading import Unreadable
 from sret.data.sources import load_data
+from sret.elastic import EarlyExit, ExitPolicy
 from sret.errors import InputError
+from sret.export.exits import exit_policy, with_exits
 from sret.export.onnx import to_onnx, write_onnx
 from sret.export.openvino import write_openvino
 from sret.export.quantize import quantized
@@ -51,6 +56,7 @@ class Export:
     Attributes:
         size: bytes, for OpenVINO of both files.
         images: the kind of images in the comparison.
+        exits: of a file with early exit, how many of these images left at each exit.
     """
 
     path: Path
@@ -59,6 +65,7 @@ class Export:
     dtype: str
     comparison: Comparison
     images: str
+    exits: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         found = self.comparison
@@ -69,6 +76,10 @@ class Export:
             f"parity on {images}: logits differ by at most {found.difference:.1e}, the largest is "
             f"{found.scale:.3g}{same}",
         ]
+        if self.exits:
+            lines.append(
+                f"early exit: images that left at exit 1, 2, ... {len(self.exits)}: {' '.join(map(str, self.exits))}"
+            )
         if found.top1 is not None:
             before, after = found.top1
             lines.append(
@@ -87,15 +98,23 @@ def export(
     samples: int = 300,
     batch_size: int = 16,
     max_corrupt: int = 0,
+    passes: int | Sequence[int] | None = None,
+    exit: float | Literal["auto"] | None = None,
 ) -> Export:
-    """`export_model` for what `resolve` takes: a weights file of sret or of the authors, or a published name."""
-    _check(out, dtype, data)
-    model, card = resolve(source)
-    return export_model(model, card, out, dtype, img_size, data, samples, batch_size, max_corrupt)
+    """`export_model` for what `resolve` takes: a weights file of sret or of the authors, or a published name.
+
+    Args:
+        passes: as in `with_passes`.
+        exit: threshold of early exit, as in `exit_policy`.
+    """
+    _check(out, dtype, data, exit is not None)
+    model, card = with_passes(*resolve(source), passes)
+    policy = exit_policy(model, card, source, exit)
+    return export_model(model, card, out, dtype, img_size, data, samples, batch_size, max_corrupt, policy)
 
 
 def export_model(
-    model: SReT,
+    model: nn.Module,
     card: Card,
     out: Path,
     dtype: str = "float32",
@@ -104,6 +123,7 @@ def export_model(
     samples: int = 300,
     batch_size: int = 16,
     max_corrupt: int = 0,
+    policy: ExitPolicy | None = None,
 ) -> Export:
     """Writes a model as a file for another engine, if its outputs there agree with the model's.
 
@@ -117,10 +137,11 @@ def export_model(
             calibration of int8.
         batch_size: images per batch in the comparison; the file takes batches of any size.
         max_corrupt: number of unreadable images that may be skipped.
+        policy: when images leave early; by default the file has only the last exit.
 
     Raises `InputError` for a wrong option, and for outputs that `check_parity` refuses. Then no file is left.
     """
-    _check(out, dtype, data)
+    _check(out, dtype, data, policy is not None)
     check_number("samples", samples, PositiveInt)
     check_number("batch_size", batch_size, PositiveInt)
     check_number("max_corrupt", max_corrupt, NonNegativeInt)
@@ -128,25 +149,29 @@ def export_model(
     if sum(tensor.nbytes for tensor in model.state_dict().values()) > MAX_WEIGHT_BYTES:
         raise InputError(f"{out}: the weights have more than 2 GiB, the limit of an ONNX file; export a smaller model")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size or card.preprocessing.img_size
+    config = model.config.first_passes(model.passes) if isinstance(model, SReT) else card.config
     card = replace(
         card,
-        config=replace(model.config, img_size=size),
+        config=replace(config, img_size=size),
         preprocessing=replace(card.preprocessing, img_size=size),
+        exit_policy=policy,
     )
     batches, calibration, images = _images(card, dtype, data, samples, batch_size, max_corrupt)
     with _temporary_folder(out) as folder:
         path = folder / out.name
         with _quiet():
-            proto = to_onnx(model, card.config.input_size)
+            proto = to_onnx(model, (card.config.in_chans, *card.config.input_size), policy)
             if dtype == "int8":
                 proto = quantized(proto, calibration, folder)
             metadata = ExportMetadata(card.to_json(), dtype, __version__)
             (write_onnx if out.suffix == ".onnx" else write_openvino)(proto, metadata, path)
-        comparison = compare(model, load_exported(path)[0], batches)
+        reference = model if policy is None else EarlyExit(with_exits(model, out), policy)
+        comparison = compare(reference, load_exported(path)[0], batches)
         check_parity(comparison, out, dtype)
         _publish(folder, out)
     size_on_disk = sum(file.stat().st_size for file in _files(out))
-    return Export(out, size_on_disk, ENGINES[out.suffix], dtype, comparison, images)
+    exits = tuple(reference.counts.tolist()) if isinstance(reference, EarlyExit) else ()
+    return Export(out, size_on_disk, ENGINES[out.suffix], dtype, comparison, images, exits)
 
 
 def _images(
@@ -208,7 +233,7 @@ def _files(out: Path) -> list[Path]:
     return [out] if out.suffix == ".onnx" else [out.with_suffix(".bin"), out]
 
 
-def _check(out: Path, dtype: str, data: str | None) -> None:
+def _check(out: Path, dtype: str, data: str | None, exits_early: bool) -> None:
     """Raises `InputError` for wrong options, before any work."""
     if out.suffix not in ENGINES:
         raise InputError(f"{out}: OUT ends in .onnx (for ONNX Runtime) or .xml (for OpenVINO)")
@@ -219,5 +244,9 @@ def _check(out: Path, dtype: str, data: str | None) -> None:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if dtype == "bfloat16" and out.suffix == ".onnx":
         raise InputError(f"{out}: ONNX Runtime has no bfloat16 on CPUs; give OUT.xml for OpenVINO, or another dtype")
+    if dtype == "int8" and exits_early:
+        raise InputError(
+            "int8 cannot be used with early exit; use float32, or bfloat16 for OpenVINO, or leave out --exit"
+        )
     if dtype == "int8" and data is None:
         raise InputError("int8 needs real images for its calibration; give --data, best the training data")

@@ -1,6 +1,9 @@
 """Converts a model to ONNX, with each weight once, for ONNX Runtime and for OpenVINO.
 
 fuse -> torch.export -> ONNX -> constants folded, equal subgraphs merged
+
+With early exit after passes, the weights of all branches are in the main graph, so that each is there once. ONNX
+Runtime is slower with weights outside of a branch, so those of stages, which no other branch uses, stay there.
 """
 
 from dataclasses import asdict
@@ -8,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from sret.elastic import ExitPolicy
+from sret.export.exits import ExitGraph, with_exits
 from sret.export.runtime import NAMESPACE, ExportMetadata, seal
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
@@ -19,16 +25,20 @@ NO_LIMIT = 2**62  # bytes
 REWRITES = ("mul_by_1_rule", "squeeze_reshape_1d_rule", "materialize_reshape_shape_rule")
 
 
-def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
-    """The fused model as an `onnx.ModelProto`: "images" (batch, C, *img_size) -> "logits" (batch, num_classes)."""
+def to_onnx(model: nn.Module, image: tuple[int, int, int], policy: ExitPolicy | None = None) -> Any:
+    """The model as an `onnx.ModelProto`: "images" (batch, *image) -> "logits" (batch, num_classes).
+
+    With a policy, images leave the model, an `SReT` with exits, early.
+    """
     import onnx_ir
     import onnxscript.optimizer  # noqa: F401 (if it is missing, this import names it; torch would raise another error)
 
-    fused = fuse(model)
-    images = torch.zeros(2, fused.in_chans, *img_size)
+    fused = fuse(model) if isinstance(model, SReT) else model
+    images = torch.zeros(2, *image)
     with torch.no_grad():
         fused(images)  # computes the permutations, which become constants
-        program = torch.export.export(fused, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        net = fused if policy is None else ExitGraph(with_exits(fused, "the model"), image[1:], policy)
+        program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         onnx_program = torch.onnx.export(
             program,
             input_names=["images"],
@@ -40,11 +50,11 @@ def to_onnx(model: SReT, img_size: tuple[int, int]) -> Any:
         )
     assert onnx_program is not None
     graph = onnx_program.model
-    _simplify(graph)
+    _simplify(graph, share_weights=isinstance(net, ExitGraph) and net.has_shared_weights)
     return onnx_ir.to_proto(graph)
 
 
-def _simplify(graph: Any) -> None:
+def _simplify(graph: Any, share_weights: bool) -> None:
     """Folds constants and merges equal subgraphs, so that what depends only on weights is computed once.
 
     The time grows linearly with the number of passes. `onnxscript.optimizer.optimize` would do the same, but in
@@ -64,7 +74,9 @@ def _simplify(graph: Any) -> None:
         common.RemoveUnusedNodesPass()(graph)
     common.RemoveUnusedOpsetsPass()(graph)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
-    common.DeduplicateInitializersPass()(graph)
+    if share_weights:
+        common.LiftSubgraphInitializersToMainGraphPass()(graph)
+    common.DeduplicateInitializersPass(size_limit=NO_LIMIT)(graph)
     common.CommonSubexpressionEliminationPass()(graph)
     common.ClearMetadataAndDocStringPass()(graph)
 

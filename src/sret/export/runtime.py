@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sret.checkpoints.adapt import with_passes
 from sret.checkpoints.card import Card, read_card
 from sret.checkpoints.files import ENGINES
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputError, first_line
-from sret.models.sret import SReT
 
 DTYPES = ("float32", "bfloat16", "int8")
 NAMESPACE = "sret"  # prefix of our names in the metadata of a file
@@ -87,9 +87,19 @@ class Exported(nn.Module):
         return torch.from_numpy(logits).to(x.device)
 
 
-def load_model(source: str | os.PathLike[str]) -> tuple[SReT | Exported, Card]:
-    """The model of an exported file, or of what `resolve` takes: a weights file or a published name."""
-    return load_exported(source) if Path(source).suffix in ENGINES else resolve(source)
+def load_model(source: str | os.PathLike[str], passes: int | Sequence[int] | None = None) -> tuple[nn.Module, Card]:
+    """The model of an exported file, or of what `resolve` takes: a weights file or a published name.
+
+    Args:
+        passes: as in `with_passes`.
+
+    Raises `InputError` as these do, and for passes of an exported file.
+    """
+    if Path(source).suffix not in ENGINES:
+        return with_passes(*resolve(source), passes)
+    if passes is not None:
+        raise InputError(f"{source} is an exported model, whose passes are fixed; export the weights with --passes")
+    return load_exported(source)
 
 
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> tuple[Exported, Card]:

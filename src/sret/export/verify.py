@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sret.checkpoints.card import Card
 from sret.data.dataset import Samples
@@ -15,7 +15,6 @@ from sret.data.loading import UNREADABLE, ImageDataset, Unreadable
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError
 from sret.export.runtime import Exported
-from sret.models.sret import SReT
 
 TOLERANCE = 1e-4  # largest difference of the logits of a float32 file, relative to the largest logit
 FIRST_BATCHES = (1, 3)  # batch sizes; a graph with a fixed batch size fails at one of them
@@ -43,7 +42,7 @@ class Comparison:
     top1: tuple[float, float] | None
 
 
-def compare(model: SReT, exported: Exported, batches: Iterable[Batch]) -> Comparison:
+def compare(model: nn.Module, exported: Exported, batches: Iterable[Batch]) -> Comparison:
     """Compares the logits for the same images, and accuracies if all batches have labels."""
     expected, found = [], []
     labels: list[int] | None = []

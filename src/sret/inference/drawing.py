@@ -83,7 +83,9 @@ def draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """The losses by epoch: training, validation, and validation of the EMA."""
     _curves(axes, rows, {"train_loss": "training, augmented", "val_loss": "validation", "ema_loss": "EMA"})
     axes.set(ylabel="cross-entropy", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # or linear ticks if fewer than two of these are in range
+    low, high = axes.get_ylim()
+    # Two numbers of 1, 2, 5, 10, ... are in every range of a factor of 5.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high >= 5 * low else MaxNLocator(5))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -8,6 +8,7 @@ test images.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from sret.data.loading import UNREADABLE, ImageDataset, check_batch
 from sret.data.preprocess import Preprocessing, name_of
 from sret.data.workers import worker_options
 from sret.errors import InputError
-from sret.models.sret import SReT
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class Features:
 class _Pooled(nn.Module):
     """A model without its classifier, for images in 0..1."""
 
-    def __init__(self, model: SReT, preprocessing: Preprocessing) -> None:
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model, self.preprocessing = model, preprocessing
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, channels, H, W) -> (B, C)."""
-        maps = self.model.forward_features(self.preprocessing.normalize(images))
-        return self.model.forward_head(maps, pre_logits=True)
+        model: Any = self.model
+        return model.forward_head(model.forward_features(self.preprocessing.normalize(images)), pre_logits=True)
 
 
 @torch.inference_mode()
 def features_of(
-    model: SReT,
+    model: nn.Module,
     preprocessing: Preprocessing,
     samples: Samples,
     split: str | None = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from sret.checkpoints.card import Card
@@ -16,8 +17,6 @@ from sret.data.loading import UNREADABLE, ImageDataset, check_batch
 from sret.data.preprocess import Normalized
 from sret.data.workers import worker_options
 from sret.errors import InputError
-from sret.export.runtime import Exported
-from sret.models.sret import SReT
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    model: SReT | Exported,
+    model: nn.Module,
     card: Card,
     paths: Sequence[Path],
     top_k: int = 3,
@@ -77,7 +76,7 @@ def predict(
     A file that is not an image gives a prediction with an error. The model stays on its device and in its precision.
 
     Args:
-        model: the model of a weights file or of an exported file.
+        model: the model of a weights file, also with early exit, or of an exported file.
         card: of the same file; it has the preprocessing and the class names.
         paths: image files; `find_images` lists those of a folder.
         top_k: number of classes in a prediction.
@@ -99,7 +98,7 @@ def predict(
         probabilities = net(images.to(device)).float().softmax(dim=1)
         if not probabilities[labels.to(device) != UNREADABLE].isfinite().all():
             raise InputError("the model's outputs are not finite: its weights are damaged")
-        values, indices = (t.cpu().tolist() for t in probabilities.topk(min(top_k, model.num_classes)))
+        values, indices = (t.cpu().tolist() for t in probabilities.topk(min(top_k, card.config.num_classes)))
         for error in errors:
             names = [card.name_of(label) for label in indices[done % batch_size]]
             classes = tuple(zip(names, values[done % batch_size], strict=True))

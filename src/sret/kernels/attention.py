@@ -1,6 +1,6 @@
 """Scaled dot-product attention, by the kernel that was measured fastest for the device and dtype.
 
-    softmax(Q K^T / sqrt(D)) V
+    softmax(Q K^T / sqrt(D) + bias) V
 
 Letters: S sequences, H heads, M tokens in a sequence, D channels of a head.
 """
@@ -18,8 +18,10 @@ from sret.kernels.second_order import FUSED, first_order, refuse_graph
 CHUNK_SCORES = 2**20  # attention scores per chunk: 2 MiB in bfloat16, which stay in cache
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Attention of q, k and v, each (S, H, M, D) with any strides, -> (S, H, M, D), by PyTorch's fused kernel.
+
+    `bias`, (S, 1, 1, M) of the same dtype, is added to the scores of each key.
 
     timm's switch `timm.layers.set_fused_attn(False)` selects the formula, which has second derivatives.
 
@@ -27,13 +29,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     slower than matrix products (docs/performance.md), so these compute backward.
     """
     if not use_fused_attn():
-        return formula(q, k, v)
+        return formula(q, k, v, bias)
     is_slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
     if is_slow and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if torch.compiler.is_compiling() or is_transformed():
-            return formula(q, k, v)
+        if bias is not None or torch.compiler.is_compiling() or is_transformed():
+            return formula(q, k, v, bias)
         return _MatrixProductBackward.apply(q, k, v)
-    x = scaled_dot_product_attention(q, k, v)
+    x = scaled_dot_product_attention(q, k, v, bias)
     # Without this hook, torch names an operator instead of what would work. torch.func always asks for a graph.
     node = None if torch.compiler.is_compiling() or is_transformed() else x.grad_fn
     if node is not None and node.name().startswith("ScaledDotProduct"):  # torch's own formula has second derivatives
@@ -45,13 +47,14 @@ def _refuse_graph(_: Tensor) -> None:
     refuse_graph(FUSED)
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The formula in matrix products: (S, H, M, D) each -> (S, H, M, D)."""
-    return _weights(q, k) @ v
+    return _weights(q, k, bias) @ v
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
 
 
 class _MatrixProductBackward(torch.autograd.Function):

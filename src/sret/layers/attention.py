@@ -24,7 +24,8 @@ from sret.layers.permutation import IndexPermutation, Permutation, StridedPermut
 from sret.layers.residual import AS_PUBLISHED, Coefficients, LearnableResidual
 
 if TYPE_CHECKING:
-    from sret.kernels.gpu.attention import PackedAttention, Slices
+    from sret.kernels.gpu.attention import PackedAttention
+    from sret.kernels.gpu.slices import Slices
 
 
 class SlicedAttention(nn.Module):
@@ -154,7 +155,7 @@ class AttentionResidual(LearnableResidual):
 
 def triton_slices(x: Tensor, num_groups: int, permutation: Permutation | None) -> "Slices":
     """The slices of x, (B, N, C), as the Triton kernels take them. Raises `InputError` for more slices than tokens."""
-    from sret.kernels.gpu.attention import INDEXED, RASTER, STRIDED, Slices
+    from sret.kernels.gpu.slices import INDEXED, RASTER, STRIDED, Slices
 
     slice_lengths(x.shape[1], num_groups)
     if permutation is None or num_groups == 1:

@@ -36,7 +36,7 @@ class Recursion(nn.Module):
 
     Attributes:
         policy: what forward keeps for backward.
-        max_passes: only the first passes run, at most so many; None for all.
+        max_passes: only the first passes run, at most so many; None for all. `SReT.set_passes` sets it.
     """
 
     def __init__(self, block: Block, groups: Sequence[int], projections: Sequence[nn.Module]) -> None:
@@ -54,6 +54,10 @@ class Recursion(nn.Module):
     def num_passes(self) -> int:
         """The number of passes that run."""
         return len(self.groups[: self.max_passes])
+
+    def run_pass(self, pass_index: int, x: Tensor, permutation: Permutation | None) -> Tensor:
+        """(B, N, C) -> (B, N, C): pass number `pass_index` (from 0) alone, without recomputation in backward."""
+        return self._pass(self.block, self.projections[pass_index], x, self.groups[pass_index], permutation)
 
     def is_permuted(self, pass_index: int) -> bool:
         """Whether pass number `pass_index` (from 0) permutes its tokens: every sliced pass but the first."""

@@ -3,14 +3,14 @@
 Letters: C channels. A *layer* is one pass of attention and MLP.
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
 from sret.errors import InputError, did_you_mean
 from sret.kernels.checkpointing import CheckpointPolicy
-from sret.kernels.slices import slice_lengths
-from sret.ranges import BelowOne, Channels, Classes, NonNegativeFloat, PositiveInt, check_fields
+from sret.models.stage_config import StageConfig
+from sret.ranges import BelowOne, Channels, Classes, check_fields
 
 # Strides of the stem's three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
@@ -21,73 +21,12 @@ MAX_DEPTH = 20_000  # layers
 
 PermutationKind = Literal["random", "strided"]
 ResidualScale = Literal["one", "sqrt", "passes"]
+Exits = Literal["none", "passes", "stages"]
 
 
 def num_stem_maps(stem_stride: int) -> int:
     """Feature maps inside the stem: at strides 2, 4, ... below the stem's own."""
     return sum(stride > 1 for stride in STEM_STRIDES[stem_stride][1:])
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage: distinct blocks, each applied once per entry of `groups`, a projection after every pass.
-
-    Attributes:
-        embed_dim: channels C.
-        num_heads: attention heads; a divisor of `embed_dim`.
-        num_blocks: distinct weight sets.
-        groups: slices in each pass of a block; its length is the number of passes. 1 is global attention.
-        mlp_ratio: hidden channels of the MLP over C.
-        projection_ratio: hidden channels of the non-linear projection over C; `None` leaves the projection out.
-    """
-
-    embed_dim: Channels
-    num_heads: PositiveInt
-    num_blocks: PositiveInt
-    groups: tuple[int, ...] = (1, 1)
-    mlp_ratio: NonNegativeFloat = 4.0
-    projection_ratio: NonNegativeFloat | None = 1.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.groups, list | tuple):
-            raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
-        object.__setattr__(self, "groups", tuple(self.groups))
-        for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are equal
-            if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
-                raise InputError(f"groups {self.groups}: {num_groups!r} slices in a pass; use whole numbers >= 1")
-        check_fields(self)
-        if self.embed_dim % self.num_heads:
-            raise InputError(
-                f"embed_dim {self.embed_dim} cannot form {self.num_heads} equal heads; "
-                f"try {self.embed_dim // self.num_heads * self.num_heads or self.num_heads} channels"
-            )
-        if not self.groups:
-            raise InputError("groups is empty; give the number of slices of each pass, such as (1, 1) for two passes")
-        for name in ("mlp_ratio", "projection_ratio"):
-            ratio = getattr(self, name)
-            if ratio is not None and not 1 <= self.embed_dim * ratio < 2**31:
-                raise InputError(
-                    f"{name} {ratio} of {self.embed_dim} channels is not a possible number of hidden channels; it must "
-                    "give at least 1"
-                )
-
-    @property
-    def num_passes(self) -> int:
-        """Number of times that each block is applied."""
-        return len(self.groups)
-
-    @property
-    def depth(self) -> int:
-        """Layers executed per image."""
-        return self.num_blocks * self.num_passes
-
-    def check(self, num_tokens: int) -> None:
-        """Raises `InputError` if `num_tokens` cannot form the slices of some pass."""
-        most = max(self.groups)
-        try:
-            slice_lengths(num_tokens, most)
-        except InputError as error:
-            raise InputError(f"groups {self.groups}, pass {self.groups.index(most) + 1}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +51,8 @@ class ModelConfig:
         drop_path_rate: stochastic depth. The rate of a block, the same in all its passes, grows with its depth from 0
             towards this probability.
         global_pool: "avg", "max", or "" for an unpooled feature map (needs num_classes 0).
+        exits: classifiers before the last one, for `sret.elastic`: "passes" has one after each pass of the last stage's
+            blocks, which share the final norm; "stages" one, with its norm, after each stage. "none" has only the last.
     """
 
     stages: tuple[StageConfig, ...]
@@ -127,6 +68,7 @@ class ModelConfig:
     drop_rate: BelowOne = 0.0
     drop_path_rate: BelowOne = 0.0
     global_pool: Literal["avg", "max", ""] = "avg"
+    exits: Exits = "none"
 
     def __post_init__(self) -> None:
         size = self.img_size if isinstance(self.img_size, list | tuple) else (self.img_size, self.img_size)
@@ -146,6 +88,13 @@ class ModelConfig:
         if self.stages[0].embed_dim < 2:
             raise InputError("the first stage needs at least 2 channels: the stem starts with half of them")
         CheckpointPolicy.parse(self.memory, self.reversible)
+        if self.is_merging:
+            if self.reversible:
+                raise InputError("merge needs a one-stream model; set reversible to false, or leave merge out")
+            if self.memory != "none":
+                raise InputError(f"merge does not work with memory {self.memory!r}; use memory 'none'")
+            if self.exits == "passes" and self.stages[-1].merge:
+                raise InputError("exits 'passes' needs a last stage that merges no tokens; leave out its merge")
         if self.global_pool == "" and self.num_classes:
             raise InputError(f"global_pool '' with {self.num_classes} classes; use avg or max, or set num_classes to 0")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
@@ -155,6 +104,30 @@ class ModelConfig:
                     f"use a multiple of {before.embed_dim}"
                 )
         self.check(self.input_size)
+        self._check_exits()
+
+    def _check_exits(self) -> None:
+        """Raises `InputError` for exits that the model cannot have."""
+        if self.exits == "none":
+            return
+        if not self.num_classes:
+            raise InputError(f"exits {self.exits!r} are classifiers, but num_classes is 0; set exits to none")
+        if self.exits == "passes" and (self.reversible or self.memory != "none"):
+            name, value = ("reversible", "false") if self.reversible else ("memory", "none")
+            raise InputError(
+                f"exits 'passes' needs the output of each pass, which a recursion with {name} {getattr(self, name)!r} "
+                f"does not keep; set {name} to {value}, or exits to stages"
+            )
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether some layer merges tokens."""
+        return any(stage.merge for stage in self.stages)
+
+    @property
+    def num_exits(self) -> int:
+        """Number of classifiers before the last one."""
+        return {"none": 0, "passes": self.stages[-1].depth - 1, "stages": len(self.stages) - 1}[self.exits]
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -186,9 +159,50 @@ class ModelConfig:
             except InputError as error:
                 raise InputError(f"stage {i + 1} at {img_size[0]}x{img_size[1]} pixels: {error}") from None
 
+    @property
+    def max_passes(self) -> int:
+        """The largest number of passes of a stage."""
+        return max(stage.num_passes for stage in self.stages)
+
+    def passes_by_stage(self, passes: int | Sequence[int] | None) -> tuple[int, ...]:
+        """The number of passes that run in each stage, if only the first ones do.
+
+        Args:
+            passes: one number for all stages, of which a stage with fewer passes runs all; or a number for each stage.
+                None for all passes.
+
+        Raises `InputError` for a number that is not between 1 and the passes of the model.
+        """
+        if passes is None:
+            return tuple(stage.num_passes for stage in self.stages)
+        if isinstance(passes, int):
+            if not 1 <= passes <= self.max_passes or isinstance(passes, bool):
+                raise InputError(f"passes is {passes!r}; the model has {self.max_passes}: use 1 to {self.max_passes}")
+            return tuple(min(passes, stage.num_passes) for stage in self.stages)
+        if len(passes) != len(self.stages):
+            raise InputError(f"passes is {tuple(passes)}; give one number, or {len(self.stages)}: one for each stage")
+        for i, (number, stage) in enumerate(zip(passes, self.stages, strict=True), 1):
+            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= stage.num_passes:
+                raise InputError(
+                    f"passes is {tuple(passes)}; stage {i} has {stage.num_passes}: use 1 to {stage.num_passes}"
+                )
+        return tuple(passes)
+
+    def first_passes(self, passes: int | Sequence[int] | None) -> "ModelConfig":
+        """The configuration of a model that has only the first passes, as in `passes_by_stage`; tells what they cost.
+
+        Raises `InputError` as `passes_by_stage` does.
+        """
+        numbers = self.passes_by_stage(passes)
+        stages = (stage.with_passes(n) for stage, n in zip(self.stages, numbers, strict=True))
+        return replace(self, stages=tuple(stages))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML; `from_dict` reads them back."""
-        return asdict(self)
+        values = asdict(self)
+        if self.exits == "none":  # so that earlier versions can read the file
+            del values["exits"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -198,22 +212,23 @@ class ModelConfig:
             isinstance(stage, Mapping | StageConfig) for stage in stages
         ):
             raise InputError(f"stages must be a list of stage configurations, not {stages!r}")
-        found = (s if isinstance(s, StageConfig) else StageConfig(**_known_fields(StageConfig, s)) for s in stages)
-        return cls(**{**_known_fields(cls, values), "stages": tuple(found)})
+        found = (s if isinstance(s, StageConfig) else StageConfig(**known_fields(StageConfig, s)) for s in stages)
+        return cls(**{**known_fields(cls, values), "stages": tuple(found)})
 
     def with_changes(self, changes: Mapping[str, Any]) -> "ModelConfig":
         """This config with some fields changed, given as plain values. Raises `InputError` as `from_dict` does."""
         return ModelConfig.from_dict({**self.to_dict(), **changes})
 
 
-def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass. Raises `InputError` naming unknown or missing fields."""
     names = [field.name for field in fields(cls)]
     for name in values:
         if name not in names:
             raise InputError(
-                f"{cls.__name__} has no field {name!r} (it has {', '.join(names)}){did_you_mean(name, names)}"
+                f"{cls.__name__} has no field {name!r} (it has {', '.join(names)}){did_you_mean(str(name), names)}"
             )
     for field in fields(cls):
-        if field.default is MISSING and field.name not in values:
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
             raise InputError(f"{cls.__name__} needs {field.name}")
     return dict(values)

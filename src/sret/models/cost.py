@@ -6,14 +6,19 @@ attention are counted; norms, activations, softmax, biases and additions are not
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from sret.kernels.slices import slice_lengths
-from sret.models.config import STEM_STRIDES, ModelConfig, StageConfig
+from sret.models.config import STEM_STRIDES, ModelConfig
+from sret.models.stage_config import StageConfig
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and MACs."""
+    """One pass of every block of a stage: its number of slices, the longest slice in tokens, and MACs.
+
+    The length is that before tokens are merged.
+    """
 
     num_groups: int
     slice_length: int
@@ -45,7 +50,9 @@ class ModelCost:
     stem_parameters: int
     position_parameters: int
     head_parameters: int  # and those of the norm before it
-    macs: int
+    macs: int  # without exits
+    exit_parameters: int = 0
+    exit_macs: tuple[int, ...] = ()  # up to each exit, the classifiers before it included; the last is the whole model
 
     @property
     def parameters(self) -> int:
@@ -61,6 +68,7 @@ class ModelCost:
             "projections": sum(stage.projection_parameters for stage in self.stages),
             "pools": sum(stage.pool_parameters for stage in self.stages),
             "head": self.head_parameters,
+            **({"exits": self.exit_parameters} if self.exit_parameters else {}),
         }
 
     @property
@@ -89,14 +97,40 @@ def model_cost(config: ModelConfig, img_size: tuple[int, int] | None = None) -> 
         _stage(stage, grid, in_dim, coefficients)
         for stage, grid, in_dim in zip(config.stages, grids, dims[:-1], strict=True)
     )
-    dim = config.stages[-1].embed_dim
+    dim, exit_dims = config.stages[-1].embed_dim, _exit_dims(config)
+    norms = 2 * sum(exit_dims) if config.exits == "stages" else 0
     return ModelCost(
         stages=stages,
         stem_parameters=stem_parameters,
         position_parameters=config.stages[0].embed_dim * _area(config.grids()[0]),
         head_parameters=2 * dim + (dim + 1) * config.num_classes,
         macs=stem_macs + sum(stage.macs for stage in stages) + dim * config.num_classes,
+        exit_parameters=norms + sum((width + 1) * config.num_classes for width in exit_dims),
+        exit_macs=_exit_macs(config, stem_macs, stages),
     )
+
+
+def _exit_dims(config: ModelConfig) -> list[int]:
+    """Channels at each exit before the last one."""
+    if config.exits == "stages":
+        return [stage.embed_dim for stage in config.stages[:-1]]
+    return [config.stages[-1].embed_dim] * config.num_exits
+
+
+def _exit_macs(config: ModelConfig, stem_macs: int, stages: tuple[StageCost, ...]) -> tuple[int, ...]:
+    """MACs up to each exit, including all classifiers so far."""
+    if config.exits == "passes":
+        last, num_blocks = stages[-1], config.stages[-1].num_blocks
+        before = stem_macs + sum(stage.macs for stage in stages) - sum(cost.macs for cost in last.passes)
+        parts = [cost.macs // num_blocks for cost in last.passes] * num_blocks
+        parts[0] += before
+    elif config.exits == "stages":
+        parts = [stage.macs for stage in stages]
+        parts[0] += stem_macs
+    else:
+        parts = [stem_macs + sum(stage.macs for stage in stages)]
+    dims = [*_exit_dims(config), config.stages[-1].embed_dim]
+    return tuple(accumulate(part + dim * config.num_classes for part, dim in zip(parts, dims, strict=True)))
 
 
 def _area(grid: tuple[int, int]) -> int:
@@ -126,14 +160,24 @@ def _stage(stage: StageConfig, grid: tuple[int, int], in_dim: int | None, coeffi
     attention = 4 * C * C + 4 * C + 2 * C + coefficients
     projection = mlp(projection_hidden) if projection_hidden else 0
 
-    @lru_cache  # most passes of a deep model are equal
-    def one_pass(num_groups: int) -> PassCost:
-        lengths = slice_lengths(N, num_groups)
-        linear = N * C * (4 * C + 2 * hidden + 2 * projection_hidden)
+    @lru_cache  # most layers of a deep model are equal
+    def layer(num_groups: int, before: int, after: int) -> int:
+        """MACs of a layer that merges tokens after attention."""
+        lengths = slice_lengths(before, num_groups)
+        linear = before * C * 4 * C + after * C * (2 * hidden + 2 * projection_hidden)
         attended = 2 * C * sum(slices * length**2 for slices, length in lengths)
-        return PassCost(num_groups, lengths[0][1], stage.num_blocks * (linear + attended))
+        pairs = sum(slices * (-(-length // 2)) * (length // 2) for slices, length in lengths)
+        return linear + attended + (C // stage.num_heads * pairs if after < before else 0)
 
-    passes = tuple(one_pass(num_groups) for num_groups in stage.groups)
+    num_tokens = stage.lengths(N) if stage.merge else [N] * (stage.depth + 1)
+    layers = [
+        layer(num_groups, before, after)
+        for num_groups, before, after in zip(stage.groups * stage.num_blocks, num_tokens, num_tokens[1:], strict=False)
+    ]
+    passes = tuple(
+        PassCost(num_groups, slice_lengths(N, num_groups)[0][1], sum(layers[i :: stage.num_passes]))
+        for i, num_groups in enumerate(stage.groups)
+    )
     pool_parameters, pool_macs = (10 * C, 9 * C * N) if in_dim else (0, 0)
     return StageCost(
         grid=grid,

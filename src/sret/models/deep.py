@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 from sret.errors import InputError
-from sret.models.config import ModelConfig, StageConfig
+from sret.models.config import ModelConfig
 from sret.models.cost import model_cost
+from sret.models.stage_config import StageConfig
 from sret.ranges import PositiveInt, check_number
 
 BLOCKS = (1, 2, 2)  # distinct ones per stage

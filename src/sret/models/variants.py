@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sret.errors import InputError, did_you_mean
-from sret.models.config import ModelConfig, StageConfig
+from sret.models.config import ModelConfig
 from sret.models.deep import deep_config
+from sret.models.stage_config import StageConfig
 
 GROUPS_SLICED = ((8, 2), (4, 1), (1, 1))  # per stage: slices in pass one, slices in pass two
 GROUPS_SLICED_ONCE = ((16, 1), (14, 1), (1, 1))
@@ -117,7 +118,8 @@ def config_of(name: str) -> ModelConfig:
     """The configuration of a variant, with or without a tag. Raises `InputError` with the nearest name if unknown."""
     variant, _, tag = name.partition(".")
     if variant not in CONFIGS:
-        raise InputError(f"unknown model {name!r} (known: {', '.join(CONFIGS)}){did_you_mean(variant, CONFIGS)}")
+        hint = did_you_mean(variant, CONFIGS) or f"; for a model of timm use --model.timm {name}"
+        raise InputError(f"unknown model {name!r} (known: {', '.join(CONFIGS)}){hint}")
     if tag and name not in RELEASES:
         if variant in DEEP:
             raise InputError(f"{variant} has no published weights and so no tag {tag!r}; leave the tag out")

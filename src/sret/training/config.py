@@ -1,6 +1,7 @@
 """Training settings: the recipe, which determines the trained weights, and the runtime settings, which do not."""
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from sret.data.config import Augmentation
 from sret.errors import InputError, InputWarning
 from sret.kernels.checkpointing import EXACT
 from sret.models.config import ModelConfig
+from sret.models.timm.config import TimmConfig
 from sret.models.variants import config_of
 from sret.ranges import (
     BelowOne,
@@ -36,17 +38,22 @@ class TrainConfig:
 
     Attributes:
         model: a `ModelConfig`, or its fields as plain values; or the name of a model, alone or as `name` with the
-            fields to change. By default plain values have the classes and channels of the data.
+            fields to change; or a `TimmConfig`, or its fields, for a model of timm. By default plain values have the
+            classes and channels of the data.
         data: "digits"; "cifar10", "cifar100", "fashion-mnist", "mnist"; "hf:owner/name", a data set of the Hugging
             Face Hub; or a folder of images, of parquet files or of WebDataset shards.
         exif_orientation: rotate photos by their EXIF orientation, in training and in prediction.
         init: weights to start from: a weights file of sret or of the authors, a published name such as
-            sret_t.dist_in1k, or hf-hub:owner/name. Their depth, classes, channels and image size may differ. By
+            sret_t.dist_in1k, or hf-hub:owner/name. Their depth, classes, channels and image size may differ. For a
+            model of timm, "pretrained", or a weights file of sret or of timm for it, whose classes may differ. By
             default random.
         epochs: passes over the training images.
         recursion_start: train with the first pass of each recursion only, and run all passes from this share of the
             steps on. Until then validation measures the model with one pass, and no epoch counts as the best. 0 runs
             all passes from the beginning.
+        pass_weights: how often a step runs 1, 2, ... passes of every recursion, relative to each other, such as
+            (1, 1) for a model with two. Steps with fewer passes also learn from the predictions of all passes, so that
+            the model is usable with any number (`--passes`). By default every step runs all passes.
         batch_size: images per step, over all processes.
         optimizer: AdamW, SGD, LAMB, Lion, NAdamW or ADOPT of timm.
         learning_rate: the maximum, after warm-up. It is not scaled with the batch size.
@@ -73,12 +80,13 @@ class TrainConfig:
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """
 
-    model: ModelConfig | dict[str, Any] | str
+    model: ModelConfig | TimmConfig | dict[str, Any] | str
     data: str = "digits"
     exif_orientation: bool = True
     init: Path | None = None
     epochs: PositiveInt = 60
     recursion_start: BelowOne = 0.0
+    pass_weights: tuple[float, ...] = ()
     batch_size: PositiveInt = 64
     optimizer: Optimizer = "adamw"
     learning_rate: PositiveFloat = 1e-3
@@ -104,15 +112,18 @@ class TrainConfig:
         if isinstance(self.data, str):
             object.__setattr__(self, "data", self.data.rstrip("/") or self.data[:1])  # photos/ is photos
         object.__setattr__(self, "freeze", _tuple(self.freeze))
+        object.__setattr__(self, "pass_weights", _tuple(self.pass_weights))
         name = self.model.get("name", "") if isinstance(self.model, dict) else ""
-        if not (self.model and isinstance(self.model, ModelConfig | dict | str) and isinstance(name, str)):
+        if not (self.model and isinstance(self.model, ModelConfig | TimmConfig | dict | str) and isinstance(name, str)):
             raise InputError("no model; give a recipe (--config FILE), or the name of a model (--model sret_t)")
         if isinstance(self.model, str):
             object.__setattr__(self, "model", {"name": self.model})
-        if isinstance(self.model, dict) and not {"name", "stages"} & self.model.keys():
-            raise InputError("model has neither stages nor a name; give a name, such as --model.name sret_t")
-        if isinstance(self.model, dict) and {"name", "stages"} <= self.model.keys():
-            raise InputError(f"model has stages and also the name {self.model['name']!r}; give only one of them")
+        if isinstance(self.model, dict):
+            given = [key for key in ("name", "stages", "timm") if key in self.model]
+            if not given:
+                raise InputError("model has no name, stages or timm; give a name, such as --model.name sret_t")
+            if len(given) > 1:
+                raise InputError(f"model has {' and also '.join(given)}; give only one of them")
         self.model_config()
         check_fields(self)
         if self.min_learning_rate > self.learning_rate:
@@ -120,6 +131,7 @@ class TrainConfig:
                 f"min_learning_rate is {self.min_learning_rate}; it must be at most learning_rate, {self.learning_rate}"
             )
         self._check_targets()
+        self._check_pass_weights()
         if self.warmup_epochs >= self.epochs:
             warnings.warn(
                 f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs: the learning rate never decreases",
@@ -145,20 +157,39 @@ class TrainConfig:
                 "may stay)"
             )
 
+    def _check_pass_weights(self) -> None:
+        """Raises `InputError` for other than a positive number for all passes, and one >= 0 for each number below."""
+        weights, model = self.pass_weights, self.model_config()
+        if isinstance(model, TimmConfig):
+            if weights or self.recursion_start:
+                raise InputError("pass_weights and recursion_start are for models of sret; leave them out")
+            return
+        passes = model.max_passes
+        if not weights:
+            return
+        if passes == 1:
+            raise InputError("pass_weights has no effect on a model with one pass; leave it out")
+        if len(weights) != passes:
+            raise InputError(f"pass_weights is {weights}; give {passes} numbers, for steps with 1 to {passes} passes")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not weights[-1]:
+            raise InputError(f"pass_weights is {weights}; use numbers >= 0, and > 0 for the last, all passes")
+
     @property
     def is_mixing(self) -> bool:
         """Whether mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig:
+    def model_config(self, num_classes: int = 1000, in_chans: int = 3) -> ModelConfig | TimmConfig:
         """The model's configuration. Classes and channels are those given, unless the recipe sets them.
 
         Raises `InputError` for an unknown name or field.
         """
-        if isinstance(self.model, ModelConfig):
+        if isinstance(self.model, ModelConfig | TimmConfig):
             return self.model
         assert isinstance(self.model, dict)
         given = {"num_classes": num_classes, "in_chans": in_chans, **self.model}
+        if "timm" in given:
+            return TimmConfig.from_dict(given)
         if "name" not in given:
             return ModelConfig.from_dict(given)
         return config_of(given.pop("name")).with_changes(given)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,9 @@ from torch.optim import Optimizer
 
 from sret.errors import InputError
 from sret.layers import Recursion
+from sret.models.build import each_once, everywhere
+from sret.models.config import ModelConfig
+from sret.models.timm.config import TimmConfig
 from sret.training.config import RuntimeConfig, TrainConfig
 
 PROCESS_TIMEOUT = timedelta(hours=2)  # while the first process downloads, indexes or saves
@@ -131,14 +134,15 @@ def raise_together(error: str | None) -> None:
         raise InputError(errors[0])
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
-    """The whole tensors on the CPU, in the first process only; every process must call this."""
-    return state_dict.get_model_state_dict(model, options=WHOLE)
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole tensors on the CPU, each shared one once, in the first process only; every process must call this."""
+    return each_once(model, cast(dict[str, Tensor], state_dict.get_model_state_dict(model, options=WHOLE)))
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Loads whole tensors; every process takes its shard."""
-    state_dict.set_model_state_dict(model, state, options=WHOLE)
+    whole: dict[str, Any] = everywhere(model, state)
+    state_dict.set_model_state_dict(model, whole, options=WHOLE)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -186,13 +190,26 @@ def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> 
     missing = set(runtime.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise InputError(f"trackers: {', '.join(sorted(missing))} is not installed; pip install it, or leave it out")
-    if config.recursion_start and accelerator.num_processes > 1:
-        raise InputError(
-            f"recursion_start is {config.recursion_start}, but several processes need gradients of all passes in every "
-            "step; set it to 0, or start one process"
-        )
+    for name, off in (("recursion_start", "0"), ("pass_weights", "[]")):
+        if (value := getattr(config, name)) and accelerator.num_processes > 1:
+            raise InputError(
+                f"{name} is {value}, but several processes need gradients of all passes in every step; set it to "
+                f"{off}, or start one process"
+            )
+    model = config.model_config()
+    if isinstance(model, TimmConfig):
+        for name in ("cuda_graph", "fsdp"):
+            if getattr(runtime, name):
+                raise InputError(f"{name} is for models of sret; set it to false for a model of timm")
+        return accelerator
     if runtime.cuda_graph:
-        refuse_cuda_graph(config, accelerator)
+        refuse_cuda_graph(config, model, accelerator)
+    if runtime.fsdp and (exits := model.exits) != "none":
+        raise InputError(
+            f"fsdp does not support model.exits {exits!r}, which run parts of the model; set fsdp to false"
+        )
+    if runtime.fsdp and model.is_merging:
+        raise InputError("fsdp does not support model.stages that merge tokens; set fsdp to false, or leave merge out")
     if runtime.fsdp and accelerator.num_processes == 1:
         raise InputError("fsdp divides the model among processes, and there is only one; start more with torchrun")
     if runtime.fsdp and config.mixed_precision == "fp16":
@@ -200,12 +217,18 @@ def make_accelerator(config: TrainConfig, runtime: RuntimeConfig, out: Path) -> 
     return accelerator
 
 
-def refuse_cuda_graph(config: TrainConfig, accelerator: Accelerator) -> None:
+def refuse_cuda_graph(config: TrainConfig, model: ModelConfig, accelerator: Accelerator) -> None:
     """Raises `InputError` if the gradients of a run cannot be replayed as a CUDA graph."""
-    memory = config.model_config().memory
+    memory = model.memory
     if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         raise InputError("cuda_graph is for one process on an NVIDIA GPU; set it to false")
     if config.mixed_precision == "fp16":
         raise InputError("cuda_graph does not support fp16, which scales the loss; use bf16")
+    if config.pass_weights:
+        raise InputError(
+            "cuda_graph repeats the same kernels, but pass_weights draws other passes in each step; leave one out"
+        )
+    if model.is_merging:
+        raise InputError("cuda_graph was not tested with model.stages that merge tokens; leave one out")
     if memory != "none":  # recomputation reads and sets the states of random numbers on the CPU
         raise InputError(f"cuda_graph does not support model.memory {memory!r}; set one of them to its default")

@@ -18,10 +18,10 @@ from sret.kernels.cuda_graph import WARM_UP
 from sret.signals import StopRequest
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
-from sret.training.loop import train_step
 from sret.training.metrics import MetricsBuffer, StepMetrics, check_finite, memory_in_use
 from sret.training.setup import Setup, prepare
 from sret.training.state import TrainingState
+from sret.training.step import train_step
 
 READ = 200  # images of each split, spread over it
 READ_SECONDS = 1.0  # for each split; large photos take a tenth of a second each

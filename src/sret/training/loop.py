@@ -5,32 +5,22 @@ an image of (seed, epoch, image), mixing and permutations of (seed, step), dropo
 So a run that is stopped at any step and resumed gives the same weights as one that was not.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from sret.checkpoints.state import digest_of_state
-from sret.data.augment import mix
 from sret.data.dataset import check_output_dir
 from sret.data.loading import Unreadable
 from sret.data.preprocess import Normalized
-from sret.errors import InputError, is_out_of_memory
 from sret.inference.evaluate import evaluate
 from sret.inference.png_report import write_png
 from sret.inference.statistics import Statistics
-from sret.models.config import ModelConfig
 from sret.ranges import PositiveInt, check_number
 from sret.signals import StopRequest, raise_signal
 from sret.training import distributed, run_dir
 from sret.training.config import RuntimeConfig, TrainConfig
-from sret.training.distillation.teacher import soft_targets
 from sret.training.lock import locked
 from sret.training.metrics import (
     MetricsBuffer,
@@ -44,8 +34,7 @@ from sret.training.metrics import (
 from sret.training.optim import rate_of
 from sret.training.setup import Setup, prepare
 from sret.training.state import TrainingState
-
-PERMUTATIONS_PER_STEP = 1 << 20  # more than a step draws, so that steps do not share permutations
+from sret.training.step import train_step
 
 
 def train(
@@ -148,10 +137,7 @@ def train_epoch(
     setup.start_training()
     buffer.restart_clock()
     signal: Signals | None = None
-    setup.set_passes(state.step)
     while state.step < end and signal is None:
-        if state.step == setup.recursion_step:
-            setup.set_passes(state.step)
         buffer.add(*train_step(setup, state, loaded))
         must_save = save_every is not None and state.step % save_every == 0
         if buffer.is_due or must_save or state.step == end:
@@ -168,72 +154,13 @@ def train_epoch(
     return signal
 
 
-def train_step(setup: Setup, state: TrainingState, loaded: Iterator[Any]) -> tuple[Tensor, Tensor, Iterable[str]]:
-    """One optimizer step.
-
-    Returns the mean loss and the share of correct predictions of this process, as scalars on its device, and an error
-    message for each image that could not be read.
-    """
-    setup.schedule.step_update(state.step)
-    parts = setup.runtime.grad_accum_steps
-    with out_of_memory_advice(setup.model.config, setup.runtime):
-        computed = [forward_backward(setup, state.step, part, loaded) for part in range(parts)]
-        losses, accuracies, errors = zip(*computed, strict=True)
-        if setup.config.clip_grad is not None:
-            setup.accelerator.clip_grad_norm_(setup.net.parameters(), setup.config.clip_grad)
-        setup.optimizer.step()
-        setup.optimizer.zero_grad()
-    state.step += 1
-    if setup.ema is not None:
-        setup.ema.update(setup.model, state.step)
-    return torch.stack(losses).mean(), torch.stack(accuracies).mean(), chain(*errors)
-
-
-def forward_backward(setup: Setup, step: int, part: int, loaded: Iterator[Any]) -> tuple[Tensor, Tensor, Sequence[str]]:
-    """Adds the gradient of one part of a step to the weights' gradients.
-
-    Sets the RNG states of torch and of the model's permutations to functions of the seed, `step` and `part`.
-
-    Returns the loss, the share of correct predictions, and an error message for each image, empty if it was read.
-    """
-    config, accelerator, parts = setup.config, setup.accelerator, setup.runtime.grad_accum_steps
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    images, labels, errors = next(loaded)
-    images = images.to(accelerator.device, non_blocking=True)
-    labels = labels.to(accelerator.device, non_blocking=True)
-    targets = soft_targets(labels, len(setup.data.class_names), config.label_smoothing)
-    if config.is_mixing:
-        images, targets = mix(images, targets, config.mixup, config.cutmix, key=(config.seed, step))
-    torch.manual_seed((config.seed << 32) + (step * parts + part) * num_ranks + rank)
-    setup.model.permuter.load_state_dict({"seed": config.seed, "count": step * PERMUTATIONS_PER_STEP})
-    if setup.teacher is not None:
-        with accelerator.autocast():
-            targets = setup.teacher(images)
-    images, compute = setup.preprocessing.normalize(images), partial(gradients, setup)
-    with distributed.reduce_gradients(setup.net, is_last=part == parts - 1):
-        loss, accuracy = (compute if setup.graph is None else partial(setup.graph, compute))(images, targets)
-    return loss, accuracy, errors
-
-
-def gradients(setup: Setup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of a part of a step to the weights' gradients; returns the loss and the share of correct ones.
-
-    It only starts kernels, so that a CUDA graph can repeat it.
-    """
-    with setup.accelerator.autocast():
-        logits = setup.net(images).float()
-    loss = setup.criterion(logits / setup.temperature, targets)
-    setup.accelerator.backward(loss / setup.runtime.grad_accum_steps)
-    return loss.detach(), (logits.argmax(1) == targets.argmax(1)).float().mean()
-
-
 def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress: Progress) -> Signals | None:
     """Evaluates the weights, and their moving average, on the validation images; adds a row of metrics; saves.
 
     Returns the signal that arrived meanwhile. If it stopped the evaluation, no row is added, and a resumed run starts
     with the evaluation.
     """
-    setup.set_passes(state.step - 1)
+    setup.set_passes(1 if state.step <= setup.recursion_step else None)
     evaluated = {"val": setup.model} if setup.ema is None else {"val": setup.model, "ema": setup.ema.module}
     results = {
         name: evaluate(
@@ -295,21 +222,3 @@ def draw_report(setup: Setup, state: TrainingState) -> None:
     found = Statistics.of(state.best_predictions, len(names))
     path = setup.out / run_dir.REPORT
     write_png(path, title, names, found, data.split("val"), setup.preprocessing, state.rows, state.best)
-
-
-@contextmanager
-def out_of_memory_advice(model: ModelConfig, runtime: RuntimeConfig) -> Iterator[None]:
-    """Within this context running out of memory raises `InputError` with the settings that need less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        policies = ("reversible",) if model.reversible else ("pass", "nested")
-        less = policies[policies.index(model.memory) + 1 :] if model.memory in policies else policies
-        options = [*(f"--model.memory {policy}" for policy in less)]
-        options += [f"--grad_accum_steps {2 * runtime.grad_accum_steps}", "a smaller --batch_size"]
-        raise InputError(
-            f"a step ran out of memory; these need less, the first ones at the same batch size: {', '.join(options)}; "
-            "--resume auto continues from the last saved state"
-        ) from error

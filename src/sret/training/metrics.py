@@ -27,8 +27,9 @@ from sret.data.loading import Unreadable
 from sret.errors import InputError
 from sret.files import format_bytes
 from sret.inference.evaluate import Metrics
-from sret.models.cost import model_cost
-from sret.models.sret import SReT
+from sret.models.build import totals_of
+from sret.models.config import ModelConfig
+from sret.models.timm.config import TimmConfig
 from sret.signals import StopRequest
 
 FLUSH_SECONDS = 1.0  # between two flushes, about
@@ -149,12 +150,12 @@ def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path
             )
 
 
-def describe(console: Console, model: SReT, data: ImageData) -> None:
+def describe(console: Console, config: ModelConfig | TimmConfig, data: ImageData) -> None:
     """Prints two lines: the data, and the model's parameters, passes and cost."""
-    cost = model_cost(model.config)
-    passes = " + ".join(f"{stage.num_blocks} x {stage.num_passes}" for stage in model.config.stages)
+    parameters, macs = totals_of(config)
+    what = config.timm if isinstance(config, TimmConfig) else _layers(config)
     sizes = ", ".join(f"{len(samples):,} {name}" for name, samples in data.splits.items())
-    height, width = model.config.input_size
+    height, width = config.input_size
     labels, counts = np.unique(np.asarray(data.split("train").labels), return_counts=True)
     least, most = (f"{counts[i]:,} (class {data.class_names[labels[i]]})" for i in (counts.argmin(), counts.argmax()))
     per_class = f"from {least} to {most}" if counts.min() < counts.max() else f"{counts.min():,} per class"
@@ -164,10 +165,15 @@ def describe(console: Console, model: SReT, data: ImageData) -> None:
         markup=False,
     )
     console.print(
-        f"Model   {cost.parameters:,} parameters; {model.config.depth} layers (blocks x passes: {passes}); "
-        f"{cost.flops / 1e6:,.1f} MFLOPs ({cost.macs / 1e6:,.1f} M MACs) for a {height}x{width} image",
+        f"Model   {parameters:,} parameters; {what}; {2 * macs / 1e6:,.1f} MFLOPs ({macs / 1e6:,.1f} M MACs) for a "
+        f"{height}x{width} image",
         soft_wrap=True,
     )
+
+
+def _layers(config: ModelConfig) -> str:
+    passes = " + ".join(f"{stage.num_blocks} x {stage.num_passes}" for stage in config.stages)
+    return f"{config.depth} layers (blocks x passes: {passes})"
 
 
 class Progress:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sret.errors import InputError, first_few
+from sret.models.build import owners_of
 from sret.training.config import TrainConfig
 
 WARMUP_START = 1e-3  # share of the peak learning rate, as DeiT's 1e-6 of 1e-3
@@ -79,5 +80,7 @@ def make_ema(model: nn.Module, decay: float, is_sharded: bool = False) -> ModelE
 
     The average of a sharded model must be sharded too.
     """
+    # The state dict, which is averaged by default, has shared weights several times; the parameters have them once.
+    has_shared = len(set(owners_of(model).values())) < len(model.state_dict())
     # torch's foreach update does not support sharded parameters together with whole buffers.
-    return ModelEmaV3(model, decay, use_warmup=True, foreach=not is_sharded)
+    return ModelEmaV3(model, decay, use_warmup=True, foreach=not is_sharded, exclude_buffers=has_shared)

@@ -17,10 +17,9 @@ from sret.training.config import TrainConfig, resume_key
 BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
 REPORT = "report.png"
 CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
-Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 STATE_TYPES: dict[str, Any] = {
-    "config": dict[str, Plain],
-    "sources": dict[str, Plain],
+    "config": dict[str, Any],
+    "sources": dict[str, Any],
     "step": int,
     "total_steps": int,
     "sums": dict[str, float],
@@ -61,6 +60,7 @@ def find_state(
         return None
     state = load_state(out / STATE)
     odd = [name for name, hint in STATE_TYPES.items() if name not in state or not fits(state[name], hint)]
+    odd += [name for name in ("config", "sources") if name not in odd and not _is_plain(state[name])]
     if odd or not isinstance(state["config"].get("model"), dict):
         text = f"is not the state of a run of this version of sret ({first_few(odd or ['config'])})"
         raise InputError(f"{out / STATE} {text}; choose another --out")
@@ -87,6 +87,13 @@ def find_state(
             phrases = [phrase.removeprefix("content.") for phrase in changed]
             raise InputError(f"{what} has changed since {out} was started: {first_few(phrases)}; choose another --out")
     return state
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is one of JSON's types, with what it contains."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | float | int | None)
 
 
 def save_run(out: Path, state: dict[str, Any], card: Card, before: str) -> str:

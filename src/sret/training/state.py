@@ -115,7 +115,7 @@ class TrainingState:
             "versions": setup.versions,
         }
         return Card(
-            config=setup.model.config,
+            config=setup.model_config,
             preprocessing=setup.preprocessing,
             class_names=setup.data.class_names,
             training=about,

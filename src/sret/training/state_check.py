@@ -12,6 +12,7 @@ from sret.checkpoints.official import check_fit
 from sret.data.loading import UNREADABLE
 from sret.errors import InputError, error_prefix, first_few
 from sret.inference.evaluate import Metrics
+from sret.models.build import everywhere
 from sret.ranges import fits
 from sret.training.metrics import epoch_row
 from sret.training.setup import Setup
@@ -28,10 +29,10 @@ def check_values(setup: Setup, found: dict[str, Any]) -> None:
         if (found[name] is None) != (now is None):
             raise InputError(f"{name} is {'missing' if found[name] is None else 'not part of the recipe'}")
     with error_prefix("model"):
-        check_fit(found["model"], setup.model)
+        check_fit(everywhere(setup.model, found["model"]), setup.model)
     if setup.ema is not None:
         with error_prefix("ema"):
-            check_fit(found["ema"], setup.ema.module)
+            check_fit(everywhere(setup.model, found["ema"]), setup.ema.module)
     _check_metrics(setup, found)
     _check_predictions(setup, found)
     _check_optimizer(setup, found["optimizer"], step)
@@ -72,14 +73,16 @@ def _check_optimizer(setup: Setup, found: dict[str, Any], step: int) -> None:
     state: dict[str, dict[str, Tensor]] = found.get("state", {})
     if not fits(state, dict[str, dict[str, Tensor]]) or not fits(found.get("param_groups"), list[dict[str, Any]]):
         raise InputError("optimizer: no state of an optimizer")
-    # Before `recursion_step` the weights of later passes have no state.
-    if missing := [name for name in parameters if name not in state and step > setup.recursion_step]:
+    missing = [name for name in parameters if name not in state]
+    if missing and setup.has_run_all_passes(step):
         raise InputError(f"optimizer: no state of {first_few(missing)}")
     name_of = {parameter: name for name, parameter in parameters.items()}
     own = [{**group, "params": [name_of[p] for p in group["params"]]} for group in setup.optimizer.param_groups]
     steps = [group["step"] for group in found["param_groups"] if "step" in group]  # LAMB counts them here
-    if _settings(found["param_groups"]) != _settings(own) or not all(
-        isinstance(n, Tensor) and torch.equal(n, torch.tensor(float(step))) for n in steps
+    if (
+        _settings(found["param_groups"]) != _settings(own)
+        or not all(fits(group.get("lr"), float) for group in found["param_groups"])  # the schedule sets its value
+        or not all(isinstance(n, Tensor) and torch.equal(n, torch.tensor(float(step))) for n in steps)
     ):
         raise InputError("optimizer: its settings are not those of the recipe")
     example = _example_state(setup.config.optimizer)

@@ -1,6 +1,5 @@
 """`sret bench`: compares the speed of models side by side."""
 
-import logging
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,7 +10,8 @@ from sret.ranges import PositiveInt
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
-    models = "a model of timm or sret, also with options (sret_t:permutation=strided); or a file of weights or export"
+    models = "a model of timm or sret, also with options (sret_t:permutation=strided); or a file of weights or export; "
+    models += "of sret also with its first passes only (sret_t:passes=1, best.safetensors:passes=1)"
     engines = "eager, fused (sret only), compile, cudagraphs, onnxruntime, openvino, or several: a,b"
     parser.add_argument("models", type=str, nargs="+", metavar="MODEL", help=models)
     parser.add_argument("--batch_size", type=PositiveInt, default=8, help="images per batch")
@@ -28,7 +28,6 @@ def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from rich.console import Console
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if nvcc is there, but no GPU
     from sret.bench.runner import Settings, bench
 
     settings = Settings(

@@ -4,11 +4,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT, MAX_CORRUPT, NUM_WORKERS
+from sret.cli.commands import CHECKPOINT, EXIT, MAX_CORRUPT, NUM_WORKERS, PASSES, Exit, Passes
 from sret.ranges import NonNegativeInt, PositiveInt, Workers
 
 
@@ -21,6 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Literal["train", "val", "test", "all"] | None,
         help="by default test; for a folder that has no splits and was not used for training, all",
     )
+    parser.add_argument("--passes", type=Passes, help=PASSES)
+    parser.add_argument("--exit", type=Exit, help=EXIT)
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=64, help="images per batch; does not change the result"
     )
@@ -38,16 +40,21 @@ def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from accelerate import PartialState
 
+    from sret.elastic import EarlyExit
     from sret.export.runtime import load_model
     from sret.inference.evaluate import evaluate_on
+    from sret.inference.exits import check_one_process, with_exit
     from sret.inference.report import check_report_path, write_report
     from sret.inference.statistics import wilson
 
+    if arguments.exit is not None:
+        check_one_process()
     if arguments.report is not None:
         check_report_path(arguments.report)
-    model, card = load_model(arguments.checkpoint)
+    model, card = load_model(arguments.checkpoint, arguments.passes)
+    net = with_exit(model, card, arguments.checkpoint, arguments.exit)
     evaluation = evaluate_on(
-        model,
+        net,
         card,
         arguments.data,
         arguments.split,
@@ -58,8 +65,12 @@ def run(arguments: Namespace) -> int:
     if not PartialState().is_main_process:
         return 0
     metrics, data, split = evaluation.metrics, evaluation.data.name, evaluation.split
+    exits: dict[str, Any] = {}
+    if isinstance(net, EarlyExit):
+        exits = {"exits": net.counts.tolist(), "share_of_macs": net.share_of_macs()}
     if arguments.json:
-        print(json.dumps({"checkpoint": str(arguments.checkpoint), "data": data, "split": split, **asdict(metrics)}))
+        about = {"checkpoint": str(arguments.checkpoint), "data": data, "split": split}
+        print(json.dumps({**about, **asdict(metrics), **exits}))
     else:
         low, high = (100 * share for share in wilson(round(metrics.top1 * metrics.count / 100), metrics.count))
         top5 = f"top-5 {metrics.top5:.2f} %, " if len(evaluation.data.class_names) > 5 else ""
@@ -67,6 +78,8 @@ def run(arguments: Namespace) -> int:
             f"{data}, {split}: {metrics.count:,} images, top-1 {metrics.top1:.2f} % (95 % interval {low:.1f} to "
             f"{high:.1f}), {top5}loss {metrics.loss:.4f}"
         )
+        if exits:
+            print(f"Early exit: {exits['share_of_macs']:.2f} of the MACs; images per exit {exits['exits']}")
     if arguments.report is not None:
         write_report(arguments.report, evaluation, card.preprocessing)
         print(f"Report in {arguments.report}", file=sys.stderr if arguments.json else sys.stdout)

@@ -38,11 +38,10 @@ def run(arguments: Namespace) -> int:
 
     from sret.data.dataset import Samples
     from sret.data.sources import load_data
-    from sret.export.runtime import load_model
+    from sret.export.runtime import Exported, load_model
     from sret.inference.features import features_of, knn_accuracy, linear_probe_accuracy
     from sret.inference.predict import find_images
     from sret.inference.table import check_table_path, write_table
-    from sret.models.sret import SReT
 
     check_table_path(arguments.out)
     if bool(arguments.images) == (arguments.data is not None):
@@ -60,7 +59,7 @@ def run(arguments: Namespace) -> int:
         data = load_data(arguments.data)
         parts, class_names = dict(data.splits.items()), data.class_names
     model, card = load_model(arguments.checkpoint)
-    if not isinstance(model, SReT):
+    if isinstance(model, Exported):
         raise InputError(
             f"{arguments.checkpoint}: an exported file computes only logits; give the weights file it was exported from"
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT, IMAGES, NUM_WORKERS
+from sret.cli.commands import CHECKPOINT, EXIT, IMAGES, NUM_WORKERS, PASSES, Exit, Passes
 from sret.errors import printable
 from sret.ranges import ClosedUnitInterval, PositiveInt, Workers
 
@@ -37,6 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path | None, help="write a table instead of printing: NAME.csv, NAME.jsonl or NAME.parquet"
     )
+    parser.add_argument("--passes", type=Passes, help=PASSES)
+    parser.add_argument("--exit", type=Exit, help=EXIT)
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="images per batch")
     parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of text")
@@ -45,14 +47,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from sret.export.runtime import load_model
+    from sret.inference.exits import with_exit
     from sret.inference.predict import find_images, predict
     from sret.inference.table import check_table_path, write_table
 
     if arguments.out is not None:
         check_table_path(arguments.out)
     paths = find_images(arguments.images)
-    model, card = load_model(arguments.checkpoint)
-    model, paths_here = _on_device(model, paths)
+    model, card = load_model(arguments.checkpoint, arguments.passes)
+    model, paths_here = _on_device(with_exit(model, card, arguments.checkpoint, arguments.exit), paths)
     top_k = min(arguments.top_k, card.config.num_classes)
     found = predict(model, card, paths_here, top_k, arguments.batch_size, arguments.num_workers)
     started = time.monotonic()

@@ -36,14 +36,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
     from sret.checkpoints import hub
-    from sret.checkpoints.resolve import resolve
+    from sret.checkpoints.resolve import resolve_sret
 
     hub.check_repo(arguments.repo)
     measured = [_read_result(path) for path in arguments.results]
     out = arguments.out
     if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose another --out")
-    model, card = resolve(arguments.checkpoint)
+    model, card = resolve_sret(arguments.checkpoint)
     results = measured or _validation(card)
     if out is not None:
         hub.write_folder(out, model, card, arguments.repo, results, arguments.license)

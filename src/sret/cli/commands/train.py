@@ -1,5 +1,6 @@
 """`sret train`: trains a model with a recipe."""
 
+from argparse import Action
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from sret.errors import InputError, error_prefix
 from sret.models.config import ModelConfig
+from sret.models.timm.config import TimmConfig
 from sret.ranges import PositiveInt
 from sret.safe_yaml import MAX_LENGTH, read_yaml
 from sret.training.config import RuntimeConfig, TrainConfig
@@ -16,7 +18,7 @@ from sret.training.distillation.config import Distillation
 # Options that the parser does not list individually.
 NESTED_OPTIONS = [
     f"{name}.{field.name}"
-    for name, config in (("model", ModelConfig), ("distillation", Distillation))
+    for name, config in (("model", ModelConfig), ("model", TimmConfig), ("distillation", Distillation))
     for field in fields(config)
 ]
 
@@ -33,6 +35,20 @@ class RecipeFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+class ModelOption(Action):
+    """The option `--model`: `--model.sharing.passes 2` changes one value of a mapping, and keeps the others."""
+
+    def __call__(self, parser: Any, cfg: Any, value: Any, option_string: str | None = None) -> None:
+        parts = (option_string or "").split(".", 2)
+        if len(parts) == 3:  # jsonargparse would leave the other values of the mapping out
+            _, field, name = parts
+            before = cfg["model"].get(field) if isinstance(cfg["model"], dict) else None
+            with error_prefix(f"model.{field}.{name}"):
+                value = {**(before if isinstance(before, dict) else {}), name: read_yaml(value)}
+            option_string = f"--model.{field}"
+        super().__call__(parser, cfg, value, option_string)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--config", action=RecipeFile, help="a recipe in YAML; options after it override its settings")
@@ -40,12 +56,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         if "--print_config" in action.option_strings:
             action.help, action.metavar = "print the recipe with all settings and exit", ""
     # A plain mapping, checked by TrainConfig, whose error messages are better than the parser's.
-    parser.add_argument(
+    model = parser.add_argument(
         "--model",
         type=dict[str, Any] | str | None,
         help="a published model such as sret_t; --model.FIELD changes one of its settings: "
-        f"{', '.join(field.name for field in fields(ModelConfig))} (required, here or in the recipe)",
+        f"{', '.join(field.name for field in fields(ModelConfig))}. Or a model of timm: --model.timm NAME, with "
+        f"{', '.join(field.name for field in fields(TimmConfig)[1:])} (required, here or in the recipe)",
     )
+    model.__class__ = type("ModelOption", (ModelOption, type(model)), {})
     parser.add_class_arguments(TrainConfig, skip={"model"})
     parser.add_argument(
         "--out", type=Path, required=True, help="the folder of the run, for weights, metrics and report"

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sret.kernels.gpu.attention import PackedAttention, Slices, attend, norm_linear, proj_tile
+from sret.kernels.gpu.attention import PackedAttention
 from sret.kernels.gpu.mlp import PackedMlp
+from sret.kernels.gpu.norm_linear import norm_linear
+from sret.kernels.gpu.proj_residual import proj_tile
+from sret.kernels.gpu.slices import Slices, attend
 from sret.kernels.gpu.tiles import REST, as_rows, load_tile, mlp_tile, norm_tile, residual_tile, store_tile, tiles_for
 
 Mlp = tuple[PackedMlp, Tensor | None]  # with alpha

@@ -28,6 +28,11 @@ class Run:
     name: str
     units: tuple[tuple[str, ...], ...]
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all blocks, in order."""
+        return [name for unit in self.units for name in unit]
+
     def __str__(self) -> str:
         period = len(self.units[0])
         units = "blocks" if period == 1 else f"groups of {period} blocks"

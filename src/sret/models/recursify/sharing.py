@@ -8,6 +8,7 @@ their singular values. Vectors (biases, norms, scales) are then of their own in 
 Sources: relaxed recursive transformers, arXiv:2410.20672 (corrections of low rank by singular values).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sret.errors import InputError
+from sret.models.timm.config import Share
 
-Share = Literal["sequence", "cycle", "middle"]
-Init = Literal["first", "mean"]
+Base = int | Literal["mean"]  # the weights to share: those of a block, by its place in the group, or the mean
 
 
 def groups_of(num_units: int, passes: int, share: Share) -> list[list[int]]:
@@ -55,23 +56,33 @@ def check_own_weights(model: nn.Module, names: Iterable[str]) -> None:
                 raise InputError(f"{own} and {outside[0]} are one weight already; give a model whose blocks share none")
 
 
+def check_parameters(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises `InputError` if a block has weights that are no parameters, as quantized layers do."""
+    for name in names:
+        block = model.get_submodule(name)
+        known = {key for key, _ in (*block.named_parameters(remove_duplicate=False), *block.named_buffers())}
+        other = [key for key in block.state_dict() if key not in known and not key.endswith("_extra_state")]
+        if other:
+            raise InputError(f"{name}.{other[0]} is no parameter, so it cannot be shared; share before quantizing")
+
+
 def check_rank(rank: int, blocks: Sequence[nn.Module]) -> None:
     """Raises `InputError` for a rank above the width."""
-    sizes = [min(_matrix(p).shape) for block in blocks for p in block.parameters() if p.ndim >= 2]
+    sizes = [min(matrix_shape(p)) for block in blocks for p in block.parameters() if p.ndim >= 2]
     if rank > (most := max(sizes, default=0)):
         raise InputError(f"rank is {rank}, but the largest matrix of the blocks has rank {most}; use at most {most}")
 
 
 @torch.no_grad()
-def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
+def tie(blocks: Sequence[nn.Module], base: Base, rank: int) -> None:
     """Replaces the parameters of all blocks by shared ones, in place.
 
     Args:
         blocks: equal blocks, with parameters of their own.
-        init: the shared weights are those of the first block, or the mean of all.
+        base: the shared weights are those of the block with this index, or the mean of all.
         rank: of each pass's correction of a matrix; 0 for none.
 
-    Raises `InputError` if a weight is frozen in some of the blocks.
+    Raises `InputError` if a weight is frozen in some of the blocks, or if one to correct is not finite.
     """
     made: dict[int, nn.Parameter] = {}  # a block may use one weight in several places
     for name, first in list(blocks[0].named_parameters(remove_duplicate=False)):
@@ -82,23 +93,25 @@ def tie(blocks: Sequence[nn.Module], init: Init, rank: int) -> None:
         if rank and first.ndim < 2:
             continue
         values = [weight.detach().clone() for weight in weights]
-        base = values[0] if init == "first" else torch.stack(values).mean(0)
-        shared = made.setdefault(id(first), nn.Parameter(base, requires_grad=first.requires_grad))
+        start = torch.stack(values).mean(0) if base == "mean" else values[base]
+        shared = made.setdefault(id(first), nn.Parameter(start, requires_grad=first.requires_grad))
         for (owner, leaf), value in zip(owners, values, strict=True):
             setattr(owner, leaf, shared)
             if rank:
-                correction = LowRank(value - base, rank)
+                if not value.is_meta and not value.isfinite().all():
+                    raise InputError(f"{name} of a block has values that are not finite")
+                correction = LowRank(value - start, rank)
                 parametrize.register_parametrization(owner, leaf, correction, unsafe=True)
                 parametrizations: nn.ModuleDict = owner.parametrizations  # type: ignore[assignment]
                 parametrizations[leaf].original = shared
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """(out, ...) -> (out, in), without leading axes of one element."""
-    x = x.detach()
-    while x.ndim > 2 and x.shape[0] == 1:
-        x = x[0]
-    return x.flatten(1) if x.ndim >= 2 else x[None]
+def matrix_shape(x: Tensor) -> tuple[int, int]:
+    """(out, in) of a tensor that is corrected as a matrix: leading axes of one element are left out."""
+    shape = list(x.shape)
+    while len(shape) > 2 and shape[0] == 1:
+        del shape[0]
+    return shape[0], math.prod(shape[1:])
 
 
 class LowRank(nn.Module):
@@ -113,7 +126,7 @@ class LowRank(nn.Module):
 
     def __init__(self, difference: Tensor, rank: int) -> None:
         super().__init__()
-        u, s, v = torch.linalg.svd(_matrix(difference).double(), full_matrices=False)
+        u, s, v = _singular(difference.detach().reshape(matrix_shape(difference)).double())
         u, s, v = u[:, :rank], s[:rank], v[:rank]
         is_empty = s <= 1e-6 * s.max()
         self.left = nn.Parameter((u * torch.where(is_empty, 1.0, s.sqrt())).to(difference.dtype))
@@ -122,3 +135,11 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The corrected weight, of the same shape."""
         return weight + (self.left @ self.right).view(weight.shape)
+
+
+def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors and values of the singular value decomposition; of a matrix of zeros, at once, unit vectors."""
+    if matrix.is_meta or matrix.any():
+        return torch.linalg.svd(matrix, full_matrices=False)
+    (height, width), size = matrix.shape, min(matrix.shape)
+    return torch.eye(height, size).to(matrix), matrix.new_zeros(size), torch.eye(size, width).to(matrix)

@@ -37,20 +37,30 @@ class Slicing:
     is_strided: bool = False
 
 
+def check_sliceable(block: nn.Module) -> list[nn.Module]:
+    """The attention modules of a block. Raises `InputError` if it has none that can be sliced."""
+    found = [module for module in block.modules() if hasattr(module, "fused_attn")]
+    if not found or hasattr(block, "window_size"):  # attention in windows
+        raise InputError(f"the attention of a {type(block).__name__} cannot be sliced: it has none between all tokens")
+    for module in found:
+        if hasattr(module, "slicing"):
+            raise InputError(
+                f"the attention of the {type(block).__name__}s is sliced already; start from the model without"
+            )
+        if "forward" in vars(module) or not module.fused_attn:
+            raise InputError(
+                f"a {type(module).__name__} cannot be sliced: it does not call PyTorch's scaled_dot_product_attention"
+            )
+    return found
+
+
 def slice_attention(block: nn.Module, slicing: Slicing) -> None:
     """Changes the attention of a block in place.
 
     Raises `InputError` for a block without attention of all tokens, or whose attention is not a single call of
     `scaled_dot_product_attention`.
     """
-    found = [module for module in block.modules() if hasattr(module, "fused_attn")]
-    if not found or hasattr(block, "window_size"):  # attention in windows
-        raise InputError(f"the attention of a {type(block).__name__} cannot be sliced: it has none between all tokens")
-    for module in found:
-        if "forward" in vars(module) or not module.fused_attn:
-            raise InputError(
-                f"a {type(module).__name__} cannot be sliced: it does not call PyTorch's scaled_dot_product_attention"
-            )
+    for module in check_sliceable(block):
         module.__class__ = _sliced(type(module))  # type: ignore[arg-type]  # mypy takes classes for not hashable
         vars(module)["slicing"] = slicing
 

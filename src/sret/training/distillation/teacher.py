@@ -6,8 +6,10 @@ Source: the authors' release, which trained the published distilled models; ther
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import timm
 import torch
@@ -15,6 +17,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
+from sret.checkpoints.files import refuse_code
 from sret.checkpoints.resolve import resolve
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, did_you_mean
@@ -94,18 +97,49 @@ def load_teacher(name: str, weights: Path | None, class_names: Sequence[str]) ->
     return model, preprocessing
 
 
-def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Module, Preprocessing]:
+def load_original(
+    name: str, weights: Path | None, class_names: Sequence[str], arguments: Mapping[str, Any]
+) -> tuple[nn.Module, Preprocessing]:
+    """A timm model whose classes are those of the data, and its preprocessing.
+
+    Args:
+        weights: a file to use instead of timm's pretrained weights.
+        arguments: of `timm.create_model`, such as img_size.
+
+    Raises `InputError` if the model cannot be loaded, or has another number of classes.
+    """
+    count = len(class_names)
+    model, preprocessing = _from_timm(name, weights, count, arguments, ("model", "--weights"))
+    if model.num_classes != count:
+        raise InputError(
+            f"{name} has {model.num_classes} classes, the data has {count}; train it on the data first (`sret train "
+            f"--model.timm {name} --init pretrained`), and give its weights file in place of the name"
+        )
+    return model, preprocessing
+
+
+def _from_timm(
+    name: str,
+    weights: Path | None,
+    num_classes: int,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    words: tuple[str, str] = ("teacher", "teacher_weights"),
+) -> tuple[nn.Module, Preprocessing]:
+    """`words` are what errors call the model, and the option that names a file of weights."""
+    role, option = words
     known = timm.list_models() + timm.list_pretrained()
     if ":" not in name and name not in known:
-        raise InputError(f"unknown teacher {name!r}; give a weights file or a timm model{did_you_mean(name, known)}")
-    if weights is not None and not weights.is_file():
-        raise InputError(f"{weights}: no such file, for the weights of the teacher {name}")
+        raise InputError(f"unknown {role} {name!r}; give a weights file or a timm model{did_you_mean(name, known)}")
+    if weights is not None:
+        if not weights.is_file():
+            raise InputError(f"{weights}: no such file, for the weights of the {role} {name}")
+        refuse_code(weights)
     try:
         if weights is None:
             with hub_cache_if_unreachable():
-                model = timm.create_model(name, pretrained=True)
+                model = timm.create_model(name, pretrained=True, **arguments)
         else:
-            model = timm.create_model(name, num_classes=num_classes, checkpoint_path=str(weights))
+            model = timm.create_model(name, **{"num_classes": num_classes, **arguments}, checkpoint_path=str(weights))
     except InputError:
         raise
     except Exception as error:  # timm passes on errors of the hub, of the network and of checkpoints
@@ -113,14 +147,15 @@ def _from_timm(name: str, weights: Path | None, num_classes: int) -> tuple[nn.Mo
         if is_unreachable(error):
             reason = f"no connection to {hub_host()}"
         hint = (
-            "teacher_weights can name a file with its weights"
+            f"{option} can name a file with its weights"
             if weights is None
             else f"{weights} should hold timm's weights for it, with {num_classes} classes"
         )
-        raise InputError(f"could not load the teacher {name}: {reason}; {hint}") from error
+        raise InputError(f"could not load the {role} {name}: {reason}; {hint}") from error
     wanted = resolve_model_data_config(model)
+    size = arguments.get("img_size", wanted["input_size"][1:])
     return model, Preprocessing(
-        img_size=tuple(wanted["input_size"][1:]),
+        img_size=(size, size) if isinstance(size, int) else tuple(size),
         mean=tuple(wanted["mean"]),
         std=tuple(wanted["std"]),
         crop_pct=wanted["crop_pct"],

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from sret.models.config import ModelConfig
 from sret.models.variants import architecture_of
 
@@ -17,6 +15,9 @@ def timm_cfg(
     interpolation: str = "bicubic",
 ) -> dict[str, Any]:
     """The configuration. Mean and std default to those of ImageNet, or to 0.5 if there are not three channels."""
+    # Imported here: importing timm imports `sret.registry`, which must not find this module half-imported.
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     is_rgb = config.in_chans == 3
     return {
         "architecture": architecture_of(config)[0],

@@ -1,0 +1,116 @@
+"""A queue for early exit that keeps batches full: newcomers fill the places of the images that left.
+
+Images wait in front of each part of the model. A call of `step` runs one part on a full batch, the deepest part that
+has one, so images of different ages share batches. All images of a batch are at the same part. This is exact: passes of
+a block share its weights, but each pass has a projection and a number of slices of its own, so that a batch of images
+at different passes would have to be divided after each block.
+
+Source of the idea: continuous depth batching of recursive language models, arXiv:2608.09444.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sret.elastic.batches import Waiting, advance, checked_parts
+from sret.elastic.policy import ExitPolicy
+from sret.errors import InputError
+from sret.models.sret import SReT
+from sret.ranges import PositiveInt, check_number
+
+
+@dataclass(frozen=True)
+class Result:
+    """The prediction for one image.
+
+    Attributes:
+        number: which image, counted from 0 in the order of `submit`.
+        logits: (K,).
+        exit: the number of the exit, from 0.
+    """
+
+    number: int
+    logits: Tensor
+    exit: int
+
+
+class Server:
+    """Predicts a stream of images with early exit, in full batches.
+
+    Args:
+        model: a model with exits, in evaluation mode.
+        policy: when images leave.
+        batch_size: images per batch. At most twice as many wait in front of each part but the first.
+
+    Raises `InputError` for a model without exits, or in training mode, and for a policy of another model.
+    """
+
+    def __init__(self, model: SReT, policy: ExitPolicy, batch_size: int = 256) -> None:
+        check_number("batch_size", batch_size, PositiveInt)
+        self.model, self.policy, self.batch_size = model, policy, batch_size
+        self.submitted = 0
+        self._begin()
+
+    @property
+    def pending(self) -> int:
+        """How many images wait."""
+        return sum(map(self._length, range(len(self.parts))))
+
+    def submit(self, images: Tensor) -> range:
+        """Adds normalised images (B, in_chans, H, W) of the model's size to the queue; returns their numbers.
+
+        Raises `InputError` for images of another size, and if the model's passes were set while images wait.
+        """
+        if self.model.passes != self._passes:
+            if self.pending:
+                raise InputError(f"the model's passes were set while {self.pending} images wait; finish these first")
+            self._begin()
+        wanted = (self.model.in_chans, *self.model.config.input_size)
+        if tuple(images.shape[1:]) != wanted:
+            raise InputError(f"images of shape {tuple(images.shape)}; this server takes (batch, {wanted})")
+        numbers = range(self.submitted, self.submitted + len(images))
+        if len(images):
+            self.waiting[0].append(Waiting(images, torch.tensor(numbers, device=images.device), None))
+            self.submitted = numbers.stop
+        return numbers
+
+    @torch.inference_mode()
+    def step(self, is_final: bool = False) -> list[Result]:
+        """Runs one part on one batch, and returns the results of the images that left.
+
+        Without a full batch nothing runs, unless `is_final`: then the shallowest part with images runs, because its
+        images can join those that wait further on.
+        """
+        lengths = [self._length(k) for k in range(len(self.parts))]
+        full = [k for k, length in enumerate(lengths) if length >= self.batch_size]
+        some = [k for k, length in enumerate(lengths) if length] if is_final else []
+        if not (full or some):
+            return []
+        k = full[-1] if full else some[0]
+        taken = Waiting.joined(self.waiting[k])
+        batch, rest = taken.of(slice(self.batch_size)), taken.of(slice(self.batch_size, None))
+        self.waiting[k] = [rest] if len(rest.numbers) else []
+        after, numbers, logits = advance(self.parts, k, batch, self.policy)
+        if after is not None:
+            self.waiting[k + 1].append(after)
+        return [Result(number, row, k) for number, row in zip(numbers.tolist(), logits, strict=True)]
+
+    def predict(self, batches: Iterable[Tensor]) -> Iterator[Result]:
+        """Predicts all images of some batches of any sizes; results come in the order in which images leave."""
+        for images in batches:
+            self.submit(images)
+            while any(self._length(k) >= self.batch_size for k in range(len(self.parts))):
+                yield from self.step()
+        while self.pending:
+            yield from self.step(is_final=True)
+
+    def _begin(self) -> None:
+        self._passes = self.model.passes
+        none = torch.empty(0, self.model.in_chans, *self.model.config.input_size)
+        self.parts = checked_parts(self.model, none, self.policy)
+        self.waiting: list[list[Waiting]] = [[] for _ in self.parts]
+
+    def _length(self, k: int) -> int:
+        return sum(len(waiting.numbers) for waiting in self.waiting[k])

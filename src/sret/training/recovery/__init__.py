@@ -1,0 +1,1 @@
+"""Trains a model whose blocks were shared to predict what the original predicts"""
