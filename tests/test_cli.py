@@ -23,6 +23,7 @@ from sret.checkpoints.card import Card, load_weights, save_weights
 from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.data.sources import load_data
+from sret.errors import first_line
 from sret.models.variants import CONFIGS
 from sret.training import dry_run
 
@@ -32,6 +33,19 @@ ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
 IMAGENET = str(ROOT / "recipes" / "imagenet.yaml")
 SMALL = ["--epochs=1", "--batch-size=256", "--model.img_size=16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("wrong shape\nat line 3", "wrong shape"),
+        ("\nsizes do not match:\n  copying 3, now 4\nmore", "sizes do not match: copying 3, now 4"),
+        ("nothing follows:", "nothing follows:"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_an_error_of_a_library_becomes_one_line(text, line):
+    assert first_line(RuntimeError(text)) == line
 
 
 @pytest.fixture

@@ -205,6 +205,8 @@ def test_a_resumed_run_gives_the_same_weights(trained, tmp_path, monkeypatch, ca
     text = capsys.readouterr()
     assert "settings.learning_rate was 0.001, now 0.1" in text.err
     assert not text.out  # nothing was measured before
+    assert cli.main([*arguments, "--init", "closest", "--resume", "auto", "--out", str(tmp_path / "parts")]) == 2
+    assert "other settings: model.sharing.init was 'first', now 'closest'" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume", "auto", "--out", str(tmp_path / "parts")]) == 0
     whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()

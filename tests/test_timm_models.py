@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,7 @@ ARGS = {
     "convnext_atto": {"img_size": 32, "num_classes": 5},
 }
 
+VIT, BEIT = "vit_tiny_patch16_224", "beit_base_patch16_224"
 
 FILES = ("best.safetensors", "last.safetensors")
 
@@ -228,6 +230,26 @@ def test_a_file_of_timm_for_other_classes_has_a_new_classifier(suffix, tmp_path)
         torch.save({"epoch": 3, "rows": [1]}, path)
         with pytest.raises(InputError, match=r"m.pth: not weights of timm, it has epoch; rows"):
             initialise(config, path)
+
+
+@pytest.mark.parametrize("is_timm", [True, False])
+@pytest.mark.parametrize(("name", "position"), [(VIT, "pos_embed"), (BEIT, "relative_position_bias_table")])
+def test_weights_of_another_image_size_are_resized(name, position, is_timm, tmp_path):
+    path, config = tmp_path / "m.safetensors", config_of(name)
+    original = build(config)
+    for key, values in original.state_dict().items():
+        if key.endswith(position):
+            values.copy_(values[..., :1, :].clone())  # the same at every position, so also between these
+    if is_timm:
+        save_file(original.state_dict(), path)
+    else:
+        save(path, original, config)
+    model, lines = initialise(replace(config, img_size=2 * ARGS[name]["img_size"]), path)
+    assert re.fullmatch(rf".*{position}.*: resized to the model's image size", lines[1])
+    for key, values in original.state_dict().items():
+        loaded = model.get_parameter(key)
+        assert (loaded.shape == values.shape) != key.endswith(position)
+        torch.testing.assert_close(loaded, values[..., :1, :].expand_as(loaded) if key.endswith(position) else values)
 
 
 def test_a_classifier_of_another_size_is_new(tmp_path):

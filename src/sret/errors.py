@@ -106,8 +106,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or what to do if memory ran out."""
+    """The first line of an error, with the next one if it ends with a colon; or what to do if memory ran out."""
     if is_out_of_memory(error):
         return "the batch does not fit in memory; try a smaller --batch_size"
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line, *more = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = f"{line} {more[0].strip()}" if more and line.rstrip().endswith(":") else line
     return textwrap.shorten(printable(line), 500)

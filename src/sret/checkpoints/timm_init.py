@@ -1,6 +1,7 @@
 """Gives a model of timm its first weights: timm's pretrained ones, or those of a file, before or after blocks share."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def initialise(config: TimmConfig, source: str | os.PathLike[str]) -> tuple[nn.M
 
     Args:
         source: "pretrained"; a weights file of sret with this model, whose blocks share weights in the same way or not
-            at all; or a file of timm for the model before sharing. A classifier for other classes begins anew.
+            at all; or a file of timm for the model before sharing. Position embeddings of another image size are
+            resized, and a classifier for other classes begins anew.
 
     Raises `InputError` for weights that cannot be read, or are not those of this model.
     """
@@ -80,10 +82,29 @@ def _of_timm(config: TimmConfig, path: Path, tensors: Mapping[str, Tensor]) -> t
 
 @torch.no_grad()
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Loads weights; a classifier of another size keeps its own. Returns what was not loaded, as phrases."""
+    """Loads weights; those that depend on the image size are resized, and a classifier of another size keeps its own.
+
+    Returns what was not loaded as it is, as phrases.
+    """
     state, own = everywhere(model, tensors), model.state_dict()
     names = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    new = [name for name in own if name.startswith(heads) and name in state and state[name].shape != own[name].shape]
+    other = [name for name in own if name in state and state[name].shape != own[name].shape]
+    new = [name for name in other if name.startswith(heads)]
+    resized = [name for name in other if name not in new]
+    if resized:
+        state = _resized(model, state)
     load_strictly(model, {**state, **{name: own[name] for name in new}})
-    return [f"{', '.join(new)}: new, for {own[new[-1]].shape[0]} classes"] if new else []
+    lines = [f"{first_few(resized)}: resized to the model's image size"] if resized else []
+    return [*lines, f"{', '.join(new)}: new, for {own[new[-1]].shape[0]} classes"] if new else lines
+
+
+def _resized(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of another image size, as timm resizes position embeddings when it loads published ones."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return convert(state, model)
+    except Exception:  # of weights of another model, anything; the check of shapes says what differs
+        return state

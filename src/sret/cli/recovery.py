@@ -24,7 +24,7 @@ from sret.errors import InputError, InputWarning
 from sret.inference.evaluate import evaluate
 from sret.models.build import each_once, make_timm
 from sret.models.recursify import found_groups, recursify
-from sret.models.timm.config import OWN, Sharing, TimmConfig
+from sret.models.timm.config import OWN, Init, Sharing, TimmConfig
 from sret.training.distillation.teacher import load_original
 from sret.training.recovery.config import Recovery
 from sret.training.recovery.distill import Pair, batches_of, check_state, compared_blocks, distill
@@ -59,7 +59,7 @@ def recover(options: Mapping[str, Any], sharing: Sharing, settings: Recovery, ac
         class_names=data.class_names,
         training={"data": data.fingerprint(), "recipe": recipe, "versions": versions()},
     )
-    pair, key = Pair(original, shared, preprocessing, blocks), run_key(card, original)
+    pair, key = Pair(original, shared, preprocessing, blocks), run_key(card, original, init)
     check_state(out, key)
     test = data.split("test" if "test" in data.splits else "val")
     quality = comparison(original, test, preprocessing, settings.batch_size, options["num_workers"], accelerator)
@@ -175,10 +175,11 @@ def first_images(data: ImageData, preprocessing: Preprocessing) -> torch.Tensor:
     return preprocessing.normalize(torch.stack([transform(preprocessing.load(samples.images[i])) for i in few]))
 
 
-def run_key(card: Card, original: nn.Module) -> dict[str, Any]:
-    """What must be equal to continue a run, as plain values."""
+def run_key(card: Card, original: nn.Module, init: Init) -> dict[str, Any]:
+    """What must be equal to continue a run, as plain values; for the `init` "closest" the card has "first"."""
+    assert isinstance(card.config, TimmConfig)
     return {
-        "model": card.config.to_dict(),
+        "model": replace(card.config, sharing=replace(card.config.sharing, init=init)).to_dict(),
         "settings": card.training["recipe"],
         "data": card.training["data"],
         "weights": checksum({name: x.detach().cpu() for name, x in original.state_dict().items()}),

@@ -63,11 +63,11 @@ def advance(
         return None, waiting.numbers, logits
     probabilities = logits.float().softmax(1)
     leaves = policy.leaves(probabilities, waiting.probabilities, k)
-    count = int(leaves.sum())  # waits for the device
-    if count == len(leaves):
+    leaves_list = leaves.tolist()  # one transfer; for one image its operations are what an exit costs
+    if all(leaves_list):
         return None, waiting.numbers, logits
     after = Waiting(x, waiting.numbers, probabilities)
-    if count == 0:
+    if not any(leaves_list):
         return after, waiting.numbers[:0], logits[:0]
     return after.of(~leaves), waiting.numbers[leaves], logits[leaves]
 
@@ -84,8 +84,10 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
     Raises `InputError` for a model without exits, for one in training mode, and for a policy of another model.
     """
     parts = checked_parts(model, x, policy)
+    exits = torch.full((len(x),), len(parts) - 1, device=x.device)
+    if policy.threshold == 1:  # no score is above it, so none is computed
+        return model(x), exits
     waiting: Waiting | None = Waiting(x, torch.arange(len(x), device=x.device), None)
-    exits = torch.empty(len(x), dtype=torch.int64, device=x.device)
     logits: Tensor | None = None
     with shared_packing():
         for k in range(len(parts)):
@@ -93,9 +95,9 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
             waiting, numbers, left = advance(parts, k, waiting, policy)
             if len(numbers) == len(x):
                 return left, exits.fill_(k)
-            if logits is None:
-                logits = left.new_empty(len(x), left.shape[1])
-            logits[numbers], exits[numbers] = left, k
+            if len(numbers):
+                logits = left.new_empty(len(x), left.shape[1]) if logits is None else logits
+                logits[numbers], exits[numbers] = left, k
             if waiting is None:
                 break
     assert logits is not None
