@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 from sret.bench.timing import alternate, ratio
 from sret.data.config import Augmentation
 from sret.data.dataset import Samples
-from sret.data.device_data import CropLoader, keys_of
 from sret.data.image_files import find_image_files
 from sret.data.loading import TrainDataset
+from sret.data.on_device.loaders import CropLoader, keys_of
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, SampleIndex
 from sret.data.workers import worker_options

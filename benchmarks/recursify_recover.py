@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sret.data.config import Augmentation
-from sret.data.device_data import BatchAugmentation, keys_of, load_images
+from sret.data.on_device.loaders import BatchAugmentation, keys_of, load_images
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches
 from sret.data.sources import load_data

@@ -14,12 +14,21 @@ from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
 from sret import InputError
-from sret.data import device_data
-from sret.data.batch_operations import AFFINE, OPERATIONS, argument, hashed, matrices, transformed, uniform
 from sret.data.config import Augmentation
 from sret.data.dataset import Samples
-from sret.data.device_data import BatchAugmentation, CropLoader, DeviceLoader, fit_on_device, keys_of, rectangles_of
 from sret.data.loading import TrainDataset
+from sret.data.on_device import loaders
+from sret.data.on_device.affine import AFFINE, matrices, transformed
+from sret.data.on_device.loaders import (
+    BatchAugmentation,
+    CropLoader,
+    DeviceLoader,
+    fit_on_device,
+    keys_of,
+    rectangles_of,
+)
+from sret.data.on_device.pixels import OPERATIONS
+from sret.data.on_device.rand_augment import argument, hashed, uniform
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, SampleIndex, part_of
 from sret.training.config import RuntimeConfig
@@ -160,7 +169,7 @@ def test_only_small_data_sets_live_on_the_device(monkeypatch):
     samples = Samples([Path("a.jpg")] * 10, [0] * 10)
     assert fit_on_device(samples, PREPROCESSING, FULL)
     assert not fit_on_device(samples, PREPROCESSING, replace(FULL, geometry="crop"))
-    monkeypatch.setattr(device_data, "MAX_BYTES", 10 * 32 * 32 * 3 - 1)
+    monkeypatch.setattr(loaders, "MAX_BYTES", 10 * 32 * 32 * 3 - 1)
     assert not fit_on_device(samples, PREPROCESSING, FULL)
 
 

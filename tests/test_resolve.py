@@ -12,7 +12,7 @@ from sret import InputError, SReT
 from sret.checkpoints import download
 from sret.checkpoints.adapt import transfer_file
 from sret.checkpoints.card import load_weights
-from sret.checkpoints.convert import convert
+from sret.checkpoints.official.convert import convert
 from sret.checkpoints.resolve import is_name, resolve
 from sret.cli.tables import print_model
 from sret.export.runtime import load_model

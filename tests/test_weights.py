@@ -18,6 +18,7 @@ import sret
 from sret import InputError, SReT
 from sret.checkpoints import official as weights
 from sret.checkpoints.download import drive_url
+from sret.checkpoints.fit import load_pretrained
 from sret.checkpoints.resolve import resolve
 from sret.errors import InputWarning
 from sret.layers import replay
@@ -269,7 +270,7 @@ def test_a_download_without_a_connection_names_the_host_and_no_more(drive, monke
 def test_weights_go_over_to_other_channels(before, after):
     """What grey weights answer to an image, they answer to its three equal channels, and the other way round."""
     source, target = (SReT(small_config(in_chans=channels)).eval() for channels in (before, after))
-    weights.load_pretrained(target, source.state_dict())
+    load_pretrained(target, source.state_dict())
     grey = torch.randn(2, 1, 64, 64)
     answers = [model(grey.expand(-1, channels, -1, -1)) for model, channels in ((source, before), (target, after))]
     torch.testing.assert_close(answers[1], answers[0], atol=1e-5, rtol=1e-5)

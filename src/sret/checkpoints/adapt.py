@@ -22,11 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sret.checkpoints.card import Card, as_sret
-from sret.checkpoints.official import (
-    EXITS,
-    check_fit,
-    load_pretrained,
-)
+from sret.checkpoints.fit import EXITS, check_fit, load_pretrained
 from sret.checkpoints.resolve import read_source
 from sret.errors import InputError, InputWarning, error_prefix, plural
 from sret.models.config import ModelConfig

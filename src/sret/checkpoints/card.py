@@ -15,7 +15,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sret.checkpoints.files import CHECKSUM_KEY, checksum, read_pickle, read_safetensors
-from sret.checkpoints.official import check_fit, from_official, load_strictly, read_official
+from sret.checkpoints.fit import check_fit, load_strictly
+from sret.checkpoints.official import from_official, read_official
 from sret.data.preprocess import Preprocessing
 from sret.elastic.policy import ExitPolicy
 from sret.errors import InputError, error_prefix, first_few

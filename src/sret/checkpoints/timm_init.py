@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sret.checkpoints.card import METADATA_KEY, read_card
 from sret.checkpoints.files import read_safetensors, refuse_code
-from sret.checkpoints.official import load_strictly
+from sret.checkpoints.fit import load_strictly
 from sret.checkpoints.resolve import find_source
 from sret.errors import InputError, error_prefix, first_few
 from sret.models.build import build, everywhere, make_timm, share

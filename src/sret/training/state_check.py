@@ -8,7 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from sret.checkpoints.official import check_fit
+from sret.checkpoints.fit import check_fit
 from sret.data.loading import UNREADABLE
 from sret.errors import InputError, error_prefix, first_few
 from sret.inference.evaluate import Metrics

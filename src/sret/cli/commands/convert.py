@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from sret.checkpoints.convert import convert
+    from sret.checkpoints.official.convert import convert
 
     print(convert(arguments.source, arguments.target, arguments.variant))
     return 0

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from sret.data.dataset import Samples
-from sret.data.device_data import CropLoader, DeviceLoader, fit_on_device
 from sret.data.loading import ImageDataset, TrainDataset, check_batch
+from sret.data.on_device.loaders import CropLoader, DeviceLoader, fit_on_device
 from sret.data.sampler import EpochBatches, balanced_uses
 from sret.data.workers import worker_options
 from sret.errors import InputWarning, plural

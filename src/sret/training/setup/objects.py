@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sret.data.dataset import ImageData
-from sret.data.device_data import CropLoader
+from sret.data.on_device.loaders import CropLoader
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches
 from sret.kernels.cuda_graph import GraphedGradients

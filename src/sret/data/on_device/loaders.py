@@ -17,10 +17,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from sret.data.augment import PixelErasing, train_transform
-from sret.data.batch_operations import RandomOperations, hashed, uniform
 from sret.data.config import Augmentation
 from sret.data.dataset import Samples
 from sret.data.loading import TrainDataset
+from sret.data.on_device.rand_augment import RandomOperations, hashed, uniform
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches, SampleIndex
 

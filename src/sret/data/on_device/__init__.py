@@ -1,0 +1,1 @@
+"""Augments training images on the device, in batches."""
