@@ -1,8 +1,6 @@
 """Loads a state dict into a model that it fits: exactly, or with another image size, other channels or classes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
@@ -10,7 +8,6 @@ from torch import Tensor, nn
 
 from sret.errors import InputError, first_few
 from sret.layers.position import resize
-from sret.models.config import ModelConfig
 from sret.models.sret import SReT
 
 EXITS = ("exits.", "exit_norms.")
@@ -27,21 +24,6 @@ def differences(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Si
         if key in found and found[key] != shape
     ]
     return wrong
-
-
-def matching_config(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
-    """`config` with the classes, channels, exits and image size that a state dict, ours or the authors', is for."""
-    changes: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
-    if not any(key.startswith(EXITS) for key in state_dict):
-        changes["exits"] = "none"
-    for key, tensor in state_dict.items():
-        if key == "head.weight" and tensor.ndim > 0:
-            changes["num_classes"] = tensor.shape[0]
-        elif key in ("patch_embed.conv1.weight", "stem.conv1.weight") and tensor.ndim > 1:
-            changes["in_chans"] = tensor.shape[1]
-        elif key in ("pos_embed", "pos_embed.weight") and tensor.ndim == 4:
-            changes["img_size"] = tuple(tokens * config.stem_stride for tokens in tensor.shape[2:])
-    return replace(config, **changes)
 
 
 def load_pretrained(model: SReT, state_dict: Mapping[str, Tensor]) -> None:

@@ -10,9 +10,9 @@ from torch import nn
 from sret.checkpoints import download
 from sret.checkpoints.card import METADATA_KEY, Card, as_sret, load_any, load_converted, read_card
 from sret.checkpoints.files import ENGINES, StateDict, read_safetensors
-from sret.checkpoints.fit import matching_config
 from sret.checkpoints.hub import fetch_hub, is_hub
 from sret.checkpoints.official import from_official, load_official, read_official
+from sret.checkpoints.official.keys import matching_config
 from sret.checkpoints.official.variants import has_shapes_of
 from sret.data.preprocess import Preprocessing
 from sret.errors import InputError, did_you_mean, error_prefix

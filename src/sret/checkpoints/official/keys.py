@@ -7,12 +7,14 @@ block i is position 2 (i R + r), and the projection after it is the next positio
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sret.checkpoints.files import StateDict
-from sret.checkpoints.fit import differences
+from sret.checkpoints.fit import EXITS, differences
 from sret.errors import InputError, first_few
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
@@ -99,6 +101,21 @@ def from_official(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Stat
                 )
         converted[key] = first
     return converted
+
+
+def matching_config(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> ModelConfig:
+    """`config` with the classes, channels, exits and image size that a state dict, ours or the authors', is for."""
+    changes: dict[str, Any] = {"num_classes": 0, "global_pool": "avg"}
+    if not any(key.startswith(EXITS) for key in state_dict):
+        changes["exits"] = "none"
+    for key, tensor in state_dict.items():
+        if key == "head.weight" and tensor.ndim > 0:
+            changes["num_classes"] = tensor.shape[0]
+        elif key in ("patch_embed.conv1.weight", "stem.conv1.weight") and tensor.ndim > 1:
+            changes["in_chans"] = tensor.shape[1]
+        elif key in ("pos_embed", "pos_embed.weight") and tensor.ndim == 4:
+            changes["img_size"] = tuple(tokens * config.stem_stride for tokens in tensor.shape[2:])
+    return replace(config, **changes)
 
 
 @functools.cache

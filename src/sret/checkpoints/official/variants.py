@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sret.checkpoints.files import StateDict, read_pickle
-from sret.checkpoints.fit import differences, load_strictly, matching_config
-from sret.checkpoints.official.keys import fitting_variants, from_official, most_similar, shapes_of
+from sret.checkpoints.fit import differences, load_strictly
+from sret.checkpoints.official.keys import fitting_variants, from_official, matching_config, most_similar, shapes_of
 from sret.errors import InputError, InputWarning, error_prefix, first_few
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
