@@ -74,8 +74,8 @@ class TrainConfig:
         soft_labels: a folder written by `sret soft-labels`, whose crops and predictions replace images and labels.
         ema_decay: decay of an exponential moving average (EMA) of the weights. The average is then evaluated and saved
             as the best weights. By default there is none.
-        patience: early stopping: stop after this many epochs without a better validation accuracy. By default all
-            epochs run.
+        patience: early stopping: stop after this many epochs without a higher validation accuracy, or the same with a
+            lower loss. By default all epochs run.
         seed: seed of all random numbers.
         mixed_precision: "no" (float32), "bf16" or "fp16".
     """

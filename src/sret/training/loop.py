@@ -26,10 +26,11 @@ from sret.training.metrics import (
     MetricsBuffer,
     Progress,
     StepMetrics,
+    accuracy_of,
     check_finite,
     epoch_row,
     has_stalled,
-    selection_key,
+    is_best,
 )
 from sret.training.optim import rate_of
 from sret.training.setup import Setup, prepare
@@ -94,7 +95,7 @@ def run_steps(
         buffer = MetricsBuffer(setup.accelerator, state.unreadable, stop)
         signal: Signals | None = None  # the same in all processes
         while signal is None and (state.step < setup.last_step or len(state.rows) < state.step // setup.epoch_steps):
-            if has_stalled(state.rows, state.best, config.patience):
+            if has_stalled(complete_rows(setup, state), config.patience):
                 setup.console.print(f"Stopped early: no better epoch in {config.patience}", soft_wrap=True)
                 break
             # If the last epoch has no row of metrics, a signal stopped its evaluation, which is repeated first.
@@ -176,13 +177,18 @@ def validate(setup: Setup, state: TrainingState, buffer: MetricsBuffer, progress
     rate, batch_size = rate_of(setup.optimizer), setup.config.batch_size
     metrics = {name: measured for name, (measured, _) in complete.items()}
     state.rows.append(epoch_row(state.step, setup.epoch_steps, batch_size, rate, state.sums, metrics))
-    if state.step > setup.recursion_step:  # before, the weights of later passes are untrained
-        state.best = max((row for row in (state.best, state.rows[-1]) if row), key=selection_key)
-    if state.best is state.rows[-1]:
-        _, state.best_predictions = complete["val" if setup.ema is None else "ema"]
-    progress.epoch(state.rows[-1], state.best or state.rows[-1])
+    measured, predictions = complete["val" if setup.ema is None else "ema"]
+    rows = complete_rows(setup, state)
+    if rows and is_best(rows, measured.count):
+        state.best, state.best_predictions = rows[-1], predictions
+    progress.epoch(rows or state.rows)
     state.save(setup, setup.out)
     return buffer.agreed_signal()
+
+
+def complete_rows(setup: Setup, state: TrainingState) -> list[dict[str, Any]]:
+    """The rows of the epochs that trained all passes; before, the weights of later passes are untrained."""
+    return [row for row in state.rows if row["step"] > setup.recursion_step]
 
 
 def finish(setup: Setup, state: TrainingState, signal: Signals | None) -> Path:
@@ -206,7 +212,7 @@ def finish(setup: Setup, state: TrainingState, signal: Signals | None) -> Path:
     assert state.best_predictions is not None
     num_images, epoch = state.best_predictions.count, state.best["epoch"]
     console.print(
-        f"Best validation accuracy {selection_key(state.best)[0]:.2f} % ({num_images} images, epoch {epoch}); "
+        f"Validation accuracy {accuracy_of(state.best):.2f} % ({num_images} images, epoch {epoch}); "
         f"weights in {out / run_dir.BEST}, report in {out / run_dir.REPORT}",
         soft_wrap=True,
     )

@@ -128,15 +128,38 @@ def epoch_row(
     return {**values, "images_per_second": epoch_steps * batch_size / sums["seconds"]}
 
 
-def selection_key(row: Mapping[str, Any]) -> tuple[float, float]:
-    """The key by which the best epoch is chosen: accuracy, then loss; of the moving average if there is one."""
-    which = "ema" if "ema_top1" in row else "val"
-    return row[f"{which}_top1"], -row[f"{which}_loss"]
+def accuracy_of(row: Mapping[str, Any]) -> float:
+    """The validation accuracy of an epoch in percent; that of the moving average if there is one."""
+    return row.get("ema_top1", row["val_top1"])
 
 
-def has_stalled(rows: Sequence[dict[str, Any]], best: dict[str, Any] | None, patience: int | None) -> bool:
-    """Whether the best epoch was `patience` epochs ago."""
-    return best is not None and patience is not None and rows[-1]["epoch"] - best["epoch"] >= patience
+def is_best(rows: Sequence[Mapping[str, Any]], num_images: int) -> bool:
+    """Whether the weights of the last of these epochs are kept as the best: the one-standard-error rule.
+
+        a_last + sqrt(p (1 - p) / n) >= max_e a_e,    p = (right + 1) / (n + 2)
+
+    On few images the highest of many accuracies is luck, and often that of an early epoch. So a later epoch replaces
+    it unless its accuracy is lower by more than its standard error: its learning rate is smaller.
+    Source: Breiman, Friedman, Olshen, Stone, "Classification and Regression Trees", 1984. Deviations: there the
+    simplest model within the error is chosen, here the latest; p is smoothed, so that it is never 0 or 1.
+
+    Args:
+        num_images: n, the validation images.
+    """
+    last = accuracy_of(rows[-1])
+    share = (last / 100 * num_images + 1) / (num_images + 2)
+    return last + 100 * math.sqrt(share * (1 - share) / num_images) >= max(map(accuracy_of, rows))
+
+
+def has_stalled(rows: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` epochs of these got no better: no higher accuracy, and no lower loss at the same."""
+    if patience is None or not rows:
+        return False
+
+    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
+        return accuracy_of(row), -row.get("ema_loss", row["val_loss"])
+
+    return rows.index(max(rows, key=quality)) < len(rows) - patience
 
 
 def check_finite(losses: Sequence[float], step: int, epoch_steps: int, out: Path) -> None:
@@ -204,12 +227,13 @@ class Progress:
         values = {"loss": loss, "top1": 100 * accuracy, "images_per_second": speed, "memory_mib": memory / 2**20}
         self.accelerator.log({**{f"train/{key}": value for key, value in values.items()}, "rate": rate}, step=step)
 
-    def epoch(self, row: Mapping[str, Any], best: Mapping[str, Any]) -> None:
-        """Prints and logs the metrics of an epoch, and the best accuracy so far."""
+    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Prints and logs the metrics of an epoch, and the highest accuracy so far."""
+        row, highest = rows[-1], max(map(accuracy_of, rows))
         average = f"  EMA {row['ema_top1']:6.2f} %" if "ema_top1" in row else ""
         self.console.print(
             f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  validation {row['val_top1']:6.2f} %{average}  "
-            f"(best {selection_key(best)[0]:.2f})  {row['images_per_second']:,.0f} images/s",
+            f"(highest {highest:.2f})  {row['images_per_second']:,.0f} images/s",
             soft_wrap=True,
         )
         numbers = {key: row[key] for key in row if key.startswith(("val_", "ema_"))}

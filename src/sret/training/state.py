@@ -23,7 +23,7 @@ class TrainingState:
         step: optimizer steps done.
         sums: of loss, share of correct predictions and seconds, over the steps of the epoch.
         rows: the metrics of each evaluated epoch.
-        best: the row of the best epoch; None before the first evaluation.
+        best: the row of the epoch with the best weights (`is_best`); None before the first evaluation.
         best_predictions: of the best epoch, on the validation images, for the report.
         digest: of the saved state in the folder.
     """
