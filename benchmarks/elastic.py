@@ -51,16 +51,7 @@ def main() -> None:
         (folder / "data").mkdir()
         write_part(options.data, folder / "data", options.images)
         for seed in map(int, options.seeds.split(",")):
-            recipe = TrainConfig(
-                model=MODEL,
-                data=str(folder / "data"),
-                epochs=options.epochs,
-                batch_size=128,
-                learning_rate=2e-3,
-                clip_grad=1.0,
-                augmentation=Augmentation(geometry="pad"),
-                seed=seed,
-            )
+            recipe = recipe_of(MODEL, folder / "data", options.epochs, seed)
             for label, changed in contenders(recipe, options.late).items():
                 if (label, seed) in done:
                     continue
@@ -72,6 +63,20 @@ def main() -> None:
                 with options.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
+
+
+def recipe_of(model: ModelConfig, data: Path, epochs: int, seed: int) -> TrainConfig:
+    """The recipe of small models, for this benchmark and others."""
+    return TrainConfig(
+        model=model,
+        data=str(data),
+        epochs=epochs,
+        batch_size=128,
+        learning_rate=2e-3,
+        clip_grad=1.0,
+        augmentation=Augmentation(geometry="pad"),
+        seed=seed,
+    )
 
 
 def write_part(data: Path, folder: Path, count: int) -> None:

@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elastic import MODEL, PASSES, write_part
+from elastic import MODEL, PASSES, recipe_of, write_part
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from sret import SReT, fuse, merge_tokens
 from sret.bench.timing import alternate, quartiles
 from sret.checkpoints.card import Card, load_any
-from sret.data.config import Augmentation
 from sret.data.loading import ImageDataset
 from sret.data.sources import load_data
 from sret.elastic import ExitPolicy, predict_with_exits
 from sret.models.timm.config import TimmConfig
-from sret.training.config import TrainConfig
 from sret.training.loop import train
 from sret.version import device_name, versions
 
@@ -80,16 +78,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 def of_seed(seed: int, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Trains the models of a seed, and measures all ways to run them."""
-    recipe = TrainConfig(
-        model=MODEL,
-        data=str(folder / "data"),
-        epochs=options.epochs,
-        batch_size=128,
-        learning_rate=2e-3,
-        clip_grad=1.0,
-        augmentation=Augmentation(geometry="pad"),
-        seed=seed,
-    )
+    recipe = recipe_of(MODEL, folder / "data", options.epochs, seed)
     elastic = replace(recipe, model=replace(MODEL, exits="passes"), pass_weights=(1.0,) * PASSES, recursion_start=0.3)
     recipes = {"one file": elastic, "DeiT": replace(recipe, model=DEIT)}
     recipes |= {

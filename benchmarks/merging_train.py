@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elastic import write_part
+from elastic import recipe_of, write_part
 from elastic_combined import accuracy, run, test_images
 
 from sret import ModelConfig, StageConfig, fuse, merge_tokens, model_cost
 from sret.bench.timing import alternate, quartiles, ratio
 from sret.checkpoints.card import load_weights
-from sret.data.config import Augmentation
 from sret.models.merge import merging_config
-from sret.training.config import TrainConfig
 from sret.training.loop import train
 from sret.version import device_name, versions
 
@@ -68,16 +66,7 @@ def of_seed(seed: int, folder: Path, options: argparse.Namespace) -> dict[str, d
     """Trains both models of a seed; measures all ways to run them."""
     trained = {}
     for name, model in {"plain": MODEL, "half": merging_config(MODEL, MERGES["half"])}.items():
-        recipe = TrainConfig(
-            model=model,
-            data=str(folder / "data"),
-            epochs=options.epochs,
-            batch_size=128,
-            learning_rate=2e-3,
-            clip_grad=1.0,
-            augmentation=Augmentation(geometry="pad"),
-            seed=seed,
-        )
+        recipe = recipe_of(model, folder / "data", options.epochs, seed)
         trained[name] = load_weights(train(recipe, folder / f"{name}-{seed}"))
     plain, card = trained["plain"]
     ways = {"without merging": plain}

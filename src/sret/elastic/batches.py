@@ -84,10 +84,8 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
     Raises `InputError` for a model without exits, for one in training mode, and for a policy of another model.
     """
     parts = checked_parts(model, x, policy)
-    exits = torch.full((len(x),), len(parts) - 1, device=x.device)
-    if policy.threshold == 1:  # no score is above it, so none is computed
-        return model(x), exits
     waiting: Waiting | None = Waiting(x, torch.arange(len(x), device=x.device), None)
+    exits = torch.empty(len(x), dtype=torch.int64, device=x.device)
     logits: Tensor | None = None
     with shared_packing():
         for k in range(len(parts)):
