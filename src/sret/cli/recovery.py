@@ -177,9 +177,9 @@ def first_images(data: ImageData, preprocessing: Preprocessing) -> torch.Tensor:
 
 def run_key(card: Card, original: nn.Module, init: Init) -> dict[str, Any]:
     """What must be equal to continue a run, as plain values; for the `init` "closest" the card has "first"."""
-    assert isinstance(card.config, TimmConfig)
+    model = card.config.to_dict()
     return {
-        "model": replace(card.config, sharing=replace(card.config.sharing, init=init)).to_dict(),
+        "model": {**model, "sharing": {**model["sharing"], "init": init}},
         "settings": card.training["recipe"],
         "data": card.training["data"],
         "weights": checksum({name: x.detach().cpu() for name, x in original.state_dict().items()}),
