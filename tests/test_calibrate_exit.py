@@ -79,6 +79,8 @@ def test_the_fastest_threshold_loses_little_and_is_faster_than_the_model_in_a_ba
     assert fastest(Speed(100, 395), rows, 0.31).outcome.threshold == 0.7
     for whole in (Speed(201, 400), Speed(100, 601)):
         assert fastest(whole, rows, 1).outcome.threshold == 1
+    noisy = [replace(rows[0], speed=Speed(300, 700)), *rows[1:]]  # than which no threshold is faster, if it counted
+    assert fastest(Speed(100, 400), noisy, 0.31).outcome.threshold == 0.5
 
 
 def test_thresholds_that_can_be_the_fastest_are_timed():

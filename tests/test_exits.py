@@ -120,8 +120,46 @@ def test_a_server_follows_the_passes_of_its_model():
     torch.testing.assert_close(torch.stack([result.logits for result in results]), model(IMAGES))
     server.submit(IMAGES)
     model.set_passes(2)
-    with pytest.raises(InputError, match="while 12 images wait"):
-        server.submit(IMAGES)
+    for call in (lambda: server.submit(IMAGES), server.step, lambda: list(server.predict([]))):
+        with pytest.raises(InputError, match="while 12 images wait"):
+            call()
+    model.set_passes(1)
+    with pytest.raises(InputError, match="call model"):
+        (model.train(), server.step())
+    model.eval()
+    assert sorted(result.number for result in server.predict([])) == list(range(12, 24))
+
+
+def test_a_server_keeps_the_images_of_a_step_that_fails(monkeypatch: pytest.MonkeyPatch):
+    model = lively(SReT(exit_config()))
+    server = Server(model, ExitPolicy(threshold=0.6), batch_size=4)
+    server.submit(IMAGES)
+    with monkeypatch.context() as broken:
+        broken.setattr("sret.elastic.server.advance", lambda *_: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                server.step()
+    assert server.pending == len(IMAGES)
+    assert sorted(result.number for result in server.predict([])) == list(range(len(IMAGES)))
+
+
+def test_a_server_refuses_images_that_the_model_cannot_take():
+    server = Server(lively(SReT(exit_config())), ExitPolicy(threshold=1))
+    for images, text in (
+        (IMAGES[..., 1:], r"this server takes \(batch, 3, 32, 32\)"),
+        (IMAGES.float(), r"images of torch.float32 on cpu; this server takes torch.float64 on cpu"),
+        (IMAGES.to("meta"), "images of torch.float64 on meta"),
+    ):
+        with pytest.raises(InputError, match=text):
+            server.submit(images)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (4,)])
+def test_images_of_another_shape_are_one_line(shape):
+    model, images = lively(SReT(exit_config())), torch.zeros(shape)
+    for call in (model.forward_exits, lambda x: predict_with_exits(model, x, ExitPolicy(threshold=1))):
+        with pytest.raises(InputError, match="this model takes"):
+            call(images)
 
 
 @pytest.mark.parametrize("exits", KINDS)

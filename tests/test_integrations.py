@@ -40,22 +40,22 @@ def test_accelerate_saves_and_repeats_the_permutations_of_training(tmp_path):
 def test_peft_adds_and_merges_lora():
     import peft
 
-    model = SReT(small_config()).eval()
+    model, images = SReT(small_config()).eval().double(), IMAGES.double()  # steps of 1 make rounding large in float32
     with torch.no_grad():
-        before = model(IMAGES)
+        before = model(images)
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["qkv", "fc1"], r=2))
     with torch.no_grad():
-        torch.testing.assert_close(adapted(IMAGES), before)  # an adapter begins as nothing
+        torch.testing.assert_close(adapted(images), before)  # an adapter begins as nothing
     optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
     for _ in range(2):  # the first step changes only one of the two matrices
-        cross_entropy(adapted(IMAGES), LABELS).backward()
+        cross_entropy(adapted(images), LABELS).backward()
         optimizer.step()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert all("lora" in name for name in trained)
     with torch.no_grad():
-        after = adapted.eval()(IMAGES)
+        after = adapted.eval()(images)
         assert not torch.allclose(after, before, atol=1e-4)
-        torch.testing.assert_close(adapted.merge_and_unload()(IMAGES), after, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(adapted.merge_and_unload()(images), after)
 
 
 @pytest.mark.slow

@@ -160,3 +160,7 @@ def test_the_command_fits_and_stores_what_eval_uses(trained: Path, tmp_path: Pat
     code, _, error = sret(capsys, "predict", "x.png", "--checkpoint", path, "--exit", "auto", "--passes", 1)
     assert code == 2
     assert "run all passes" in error.splitlines()[-1]  # after the warning about fewer passes
+    for more in ((), ("--exit", 0.9)):  # by confidence, which needs no fit
+        code, out, error = sret(capsys, "eval", *files, "--passes", 1, *more)
+        assert code == 0, error
+        assert "top-1" in out

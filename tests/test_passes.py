@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,9 @@ def make_model() -> SReT:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("passes", "expected"), [(1, (1, 1)), (2, (2, 2)), ((3, 1), (3, 1)), ([1, 2], (1, 2))])
+@pytest.mark.parametrize(
+    ("passes", "expected"), [(1, (1, 1)), (np.int64(2), (2, 2)), ((3, 1), (3, 1)), ([1, np.int8(2)], (1, 2))]
+)
 def test_the_first_passes_are_a_model_that_has_no_others(passes, expected):
     model, short = make_model(), SReT(CONFIG.first_passes(passes)).eval()
     names = short.state_dict().keys()
@@ -75,6 +78,8 @@ def test_the_first_passes_are_a_model_that_has_no_others(passes, expected):
         ((1,), "give one number, or 2"),
         ((1, 3), "stage 2 has 2: use 1 to 2"),
         (True, "passes is True"),
+        (1.0, "passes is 1.0; the model has 3: use 1 to 3"),
+        ((1.0, 1), "stage 1 has 3: use 1 to 3"),
     ],
 )
 def test_a_number_that_the_model_does_not_have_is_refused(passes, message):

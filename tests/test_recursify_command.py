@@ -214,6 +214,20 @@ def test_a_resumed_run_gives_the_same_weights(trained, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.usefixtures("no_figure")
+def test_a_run_of_no_epochs_is_not_replaced_by_another(trained, tmp_path, capsys):
+    out = tmp_path / "x"
+    arguments = ["recursify", *trained, *COMMAND, "--epochs", "0", "--out", str(out), "--resume", "auto"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    before = (out / "model.safetensors").read_bytes()
+    assert cli.main([*arguments, "--init", "mean"]) == 2
+    assert "model.sharing.init was 'first', now 'mean'" in capsys.readouterr().err
+    (out / "state.pt").unlink()
+    assert cli.main([*arguments, "--init", "mean"]) == 2
+    assert "model.safetensors, report.json, but no state.pt to continue from" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_figure")
 def test_a_weights_file_is_taken_with_its_preprocessing(tmp_path, capsys, caplog):
     config = TimmConfig.from_dict({"timm": NAME, "args": ARGS_ONLY, "img_size": 8, "in_chans": 1, "num_classes": 10})
     how = Preprocessing(img_size=(8, 8), mean=(0.25,), std=(0.5,), crop_pct=1.0)

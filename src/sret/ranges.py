@@ -2,9 +2,10 @@
 
 import os
 import re
+from numbers import Integral
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -38,6 +39,7 @@ __all__ = [
     "check_size",
     "describe_range",
     "fits",
+    "is_whole",
 ]
 
 BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
@@ -79,6 +81,11 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 object.__setattr__(config, name, value)
         if not fits(value, hint):
             raise InputError(f"{prefix}{name} is {value!r}; it must be {_describe_type(hint)}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number: of Python or NumPy, but not true or false."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -104,15 +104,19 @@ def time_exits(
 def fastest(whole: Speed, timed: Sequence[Timed], max_drop: float) -> Timed:
     """The outcome with the most images/s one at a time, of those that lose at most `max_drop` points of accuracy.
 
-    Those that are slower than the whole model, alone or in a batch, are left out. If none remains, that of threshold 1.
+    Those that are slower than the whole model, alone or in a batch, are left out. If none remains, that of threshold 1,
+    which changes nothing.
     """
     allowed = acceptable([row.outcome for row in timed], max_drop)
+    unchanged = next(row for row in timed if row.outcome.threshold == 1)
     faster = [
         row
         for row in timed
-        if row.outcome in allowed and row.speed.alone > whole.alone and row.speed.batched >= whole.batched
+        if row is not unchanged
+        and row.outcome in allowed
+        and row.speed.alone > whole.alone
+        and row.speed.batched >= whole.batched
     ]
-    unchanged = next(row for row in timed if row.outcome.threshold == 1)
     return max(faster, key=lambda row: row.speed.alone, default=unchanged)
 
 
@@ -145,7 +149,6 @@ def draw(path: Path, title: str, whole: Speed, timed: Sequence[Timed], stored: T
         text = f"stored: above {stored.outcome.threshold:g}"
         panel.plot(at, stored.outcome.top1, "*", color="tab:orange", mec="black", ms=16, label=text)
         panel.set(title=label, xlabel="images/s")
-        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
     panel.legend()
     figure.axes[0].set_ylabel("top-1 accuracy, %")

@@ -89,7 +89,8 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
 
     Args:
         passes: as in `SReT.set_passes`, which is used where the model has so many; None changes nothing. More passes
-            are those of `transfer`, each of them a shorter step; exits after passes are then left out.
+            are those of `transfer`, each of them a shorter step; exits after passes are then left out. A policy for
+            early exit that does not fit the passes is left out too.
 
     Warns if the weights were not trained for that number of passes. Raises `InputError` as `transfer` does, and for
     more passes of a fused model.
@@ -99,10 +100,10 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
     with error_prefix("passes"):
         model, ours = as_sret(model), card.sret_config
     most = model.config.passes_by_stage(None)
-    if isinstance(passes, int):
-        has_them, wanted = passes <= max(most), (passes,) * len(most)
-    else:
+    if isinstance(passes, Sequence):
         has_them, wanted = len(passes) != len(most) or all(map(le, passes, most)), tuple(passes)
+    else:
+        has_them, wanted = passes <= max(most), (passes,) * len(most)
     if has_them:  # or none can have them, as the error says
         model.set_passes(passes)
         if model.passes != most and not card.training.get("recipe", {}).get("pass_weights"):
@@ -112,17 +113,22 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
                 InputWarning,
                 stacklevel=2,
             )
-        return model, replace(card, config=ours.first_passes(passes))
+        config, policy = ours.first_passes(passes), card.exit_policy
+        if policy is not None and not policy.fits(config.num_exits + 1):
+            policy = None
+        return model, replace(card, config=config, exit_policy=policy)
     card.check_unfused("the file")
     stages = tuple(stage.with_passes(n) for stage, n in zip(ours.stages, wanted, strict=True))
-    config = replace(ours, stages=stages)
+    config, also = replace(ours, stages=stages), ""
     if ours.exits == "passes":  # the classifiers after added passes would be untrained
-        config, card = replace(config, exits="none"), replace(card, exit_policy=None)
+        config, card, also = replace(config, exits="none"), replace(card, exit_policy=None), "; exits are left out"
+    elif card.exit_policy is not None:
+        also = "; the stored threshold for early exit was chosen without them"
     longer = SReT(config).eval()
     transfer(longer, model.state_dict(), ours)
     longer.pretrained_cfg = longer.default_cfg = model.pretrained_cfg
     warnings.warn(
-        f"the weights were trained with {_shown(most)} passes; {_shown(wanted)} are untrained",
+        f"the weights were trained with {_shown(most)} passes; {_shown(wanted)} are untrained{also}",
         InputWarning,
         stacklevel=2,
     )

@@ -15,7 +15,7 @@ from sret.errors import InputError
 from sret.kernels.gpu.dispatch import shared_packing
 from sret.models.cost import model_cost
 from sret.models.exits import Part, exit_parts
-from sret.models.sret import SReT
+from sret.models.sret import SReT, check_images
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
 
     Returns logits (B, K), and the number of the exit of each image, (B,) int64 from 0. With threshold 1 the logits are
     bitwise those of `model(x)`.
-    Raises `InputError` for a model without exits, for one in training mode, and for a policy of another model.
+    Raises `InputError` for a model without exits, for one in training mode, for a policy of another model, and for
+    images of another shape than the model takes.
     """
     parts = checked_parts(model, x, policy)
     waiting: Waiting | None = Waiting(x, torch.arange(len(x), device=x.device), None)
@@ -102,10 +103,16 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
     return logits, exits
 
 
-def checked_parts(model: SReT, x: Tensor, policy: ExitPolicy) -> list[Part]:
-    """The parts of a model in evaluation mode. Raises `InputError` as `predict_with_exits` does."""
+def check_evaluates(model: SReT) -> None:
+    """Raises `InputError` for a model in training mode."""
     if model.training:
         raise InputError("images exit early only in evaluation mode; call model.eval() first")
+
+
+def checked_parts(model: SReT, x: Tensor, policy: ExitPolicy) -> list[Part]:
+    """The parts of a model in evaluation mode. Raises `InputError` as `predict_with_exits` does."""
+    check_evaluates(model)
+    check_images(x, model.config)
     parts = exit_parts(model, x.shape[2:])
     policy.check_exits(len(parts))
     return parts

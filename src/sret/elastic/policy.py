@@ -53,9 +53,13 @@ class ExitPolicy:
         if self.criterion != "learned" and self.coefficients:
             raise InputError(f"coefficients belong to the criterion learned, not to {self.criterion}")
 
+    def fits(self, count: int) -> bool:
+        """Whether a model with `count` exits, the last included, can use the policy."""
+        return not self.coefficients or len(self.coefficients) == count - 1
+
     def check_exits(self, count: int) -> None:
         """Raises `InputError` if the policy was fitted for another number of exits than `count`, the last included."""
-        if self.coefficients and len(self.coefficients) != count - 1:
+        if not self.fits(count):
             raise InputError(
                 f"the policy was learned for {len(self.coefficients) + 1} exits, and the model runs {count}; run all "
                 "passes, or choose another criterion"

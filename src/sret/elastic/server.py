@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sret.elastic.batches import Waiting, advance, checked_parts
+from sret.elastic.batches import Waiting, advance, check_evaluates, checked_parts
 from sret.elastic.policy import ExitPolicy
 from sret.errors import InputError
 from sret.models.sret import SReT
@@ -44,6 +44,9 @@ class Server:
         policy: when images leave.
         batch_size: images per batch. At most twice as many wait in front of each part but the first.
 
+    It is for one thread; several need a server and a copy of the model each. Its weights, passes and mode must not
+    change while images wait.
+
     Raises `InputError` for a model without exits, or in training mode, and for a policy of another model.
     """
 
@@ -61,15 +64,20 @@ class Server:
     def submit(self, images: Tensor) -> range:
         """Adds normalised images (B, in_chans, H, W) of the model's size to the queue; returns their numbers.
 
-        Raises `InputError` for images of another size, and if the model's passes were set while images wait.
+        The images are not copied; they must not change until they have left.
+
+        Raises `InputError` for images of another shape, type or device than the model takes, and as `step` does.
         """
-        if self.model.passes != self._passes:
-            if self.pending:
-                raise InputError(f"the model's passes were set while {self.pending} images wait; finish these first")
-            self._begin()
+        self._check_model()
         wanted = (self.model.in_chans, *self.model.config.input_size)
         if tuple(images.shape[1:]) != wanted:
-            raise InputError(f"images of shape {tuple(images.shape)}; this server takes (batch, {wanted})")
+            sizes = ", ".join(map(str, wanted))
+            raise InputError(f"images of shape {tuple(images.shape)}; this server takes (batch, {sizes})")
+        weight = self.model.head.weight
+        if (images.dtype, images.device) != (weight.dtype, weight.device):
+            raise InputError(
+                f"images of {images.dtype} on {images.device}; this server takes {weight.dtype} on {weight.device}"
+            )
         numbers = range(self.submitted, self.submitted + len(images))
         if len(images):
             self.waiting[0].append(Waiting(images, torch.tensor(numbers, device=images.device), None))
@@ -81,8 +89,11 @@ class Server:
         """Runs one part on one batch, and returns the results of the images that left.
 
         Without a full batch nothing runs, unless `is_final`: then the shallowest part with images runs, because its
-        images can join those that wait further on.
+        images can join those that wait further on. If an error stops a step, its images wait again.
+
+        Raises `InputError` if the model's passes or its mode were changed while images wait.
         """
+        self._check_model()
         lengths = [self._length(k) for k in range(len(self.parts))]
         full = [k for k, length in enumerate(lengths) if length >= self.batch_size]
         some = [k for k, length in enumerate(lengths) if length] if is_final else []
@@ -91,14 +102,17 @@ class Server:
         k = full[-1] if full else some[0]
         taken = Waiting.joined(self.waiting[k])
         batch, rest = taken.of(slice(self.batch_size)), taken.of(slice(self.batch_size, None))
-        self.waiting[k] = [rest] if len(rest.numbers) else []
         after, numbers, logits = advance(self.parts, k, batch, self.policy)
+        self.waiting[k] = [rest] if len(rest.numbers) else []
         if after is not None:
             self.waiting[k + 1].append(after)
         return [Result(number, row, k) for number, row in zip(numbers.tolist(), logits, strict=True)]
 
     def predict(self, batches: Iterable[Tensor]) -> Iterator[Result]:
-        """Predicts all images of some batches of any sizes; results come in the order in which images leave."""
+        """Predicts all images of some batches of any sizes; results come in the order in which images leave.
+
+        Images are taken from `batches` as places become free, so that an endless stream needs little memory.
+        """
         for images in batches:
             self.submit(images)
             while any(self._length(k) >= self.batch_size for k in range(len(self.parts))):
@@ -106,10 +120,21 @@ class Server:
         while self.pending:
             yield from self.step(is_final=True)
 
+    def _check_model(self) -> None:
+        """Begins again after the model's passes were set. Raises `InputError` if it cannot predict the next batch."""
+        check_evaluates(self.model)
+        if self.model.passes != self._passes:
+            if self.pending:
+                raise InputError(
+                    f"the model's passes were set to {self.model.passes} while {self.pending} images wait; set "
+                    f"{self._passes} again, and finish these first"
+                )
+            self._begin()
+
     def _begin(self) -> None:
-        self._passes = self.model.passes
         none = torch.empty(0, self.model.in_chans, *self.model.config.input_size)
         self.parts = checked_parts(self.model, none, self.policy)
+        self._passes = self.model.passes
         self.waiting: list[list[Waiting]] = [[] for _ in self.parts]
 
     def _length(self, k: int) -> int:

@@ -71,24 +71,26 @@ def exit_policy(
         threshold: "auto" for the policy of the card; a number for another threshold of its criterion, or of confidence;
             None for none.
 
-    Raises `InputError` for a model without exits, "auto" for a card without a policy, and a threshold outside 0 to 1;
-    and for a learned policy if the model runs fewer passes.
+    Raises `InputError` for a model without exits, "auto" for a card without a policy, and a threshold outside 0 to 1.
     Warns for "auto" if the model runs fewer passes than those that the threshold was chosen with.
     """
     if threshold is None:
         return None
-    ours = with_exits(model, source)
-    stored = card.exit_policy
-    if stored is not None:
-        stored.check_exits(len(exit_parts(ours, ours.config.input_size)))
+    ours, stored = with_exits(model, source), card.exit_policy
+    runs_all = ours.passes == ours.config.passes_by_stage(None)
     if threshold != "auto":
         return replace(stored, threshold=threshold) if stored else ExitPolicy(threshold=threshold)
+    if stored is None and not runs_all:
+        raise InputError(
+            f"{source} has no threshold for early exit that fits fewer passes; run all passes, or give a number from 0 "
+            "to 1"
+        )
     if stored is None:
         raise InputError(
             f"{source} has no threshold for early exit; choose one with `sret calibrate-exit`, or give a number from 0 "
             "to 1"
         )
-    if ours.passes != ours.config.passes_by_stage(None):
+    if not runs_all:
         text = f"{source}: the threshold for early exit was chosen with all passes; with fewer its accuracy is unknown"
         warnings.warn(text, InputWarning, stacklevel=2)
     return stored

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from sret.errors import InputError, did_you_mean
 from sret.kernels.checkpointing import CheckpointPolicy
 from sret.models.stage_config import StageConfig
-from sret.ranges import BelowOne, Channels, Classes, check_fields
+from sret.ranges import BelowOne, Channels, Classes, check_fields, is_whole
 
 # Strides of the stem's three convolutions. The published models use 8; smaller ones suit 32- or 64-pixel images.
 STEM_STRIDES = {8: (2, 2, 2), 4: (2, 2, 1), 2: (2, 1, 1), 1: (1, 1, 1)}
@@ -175,18 +175,18 @@ class ModelConfig:
         """
         if passes is None:
             return tuple(stage.num_passes for stage in self.stages)
-        if isinstance(passes, int):
-            if not 1 <= passes <= self.max_passes or isinstance(passes, bool):
+        if not isinstance(passes, Sequence):
+            if not is_whole(passes) or not 1 <= passes <= self.max_passes:
                 raise InputError(f"passes is {passes!r}; the model has {self.max_passes}: use 1 to {self.max_passes}")
-            return tuple(min(passes, stage.num_passes) for stage in self.stages)
+            return tuple(min(int(passes), stage.num_passes) for stage in self.stages)
         if len(passes) != len(self.stages):
             raise InputError(f"passes is {tuple(passes)}; give one number, or {len(self.stages)}: one for each stage")
         for i, (number, stage) in enumerate(zip(passes, self.stages, strict=True), 1):
-            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= stage.num_passes:
+            if not is_whole(number) or not 1 <= number <= stage.num_passes:
                 raise InputError(
                     f"passes is {tuple(passes)}; stage {i} has {stage.num_passes}: use 1 to {stage.num_passes}"
                 )
-        return tuple(passes)
+        return tuple(map(int, passes))
 
     def first_passes(self, passes: int | Sequence[int] | None) -> "ModelConfig":
         """The configuration of a model that has only the first passes, as in `passes_by_stage`; tells what they cost.

@@ -91,7 +91,8 @@ class SReT(TimmInterface):
         """(B, in_chans, H, W) -> (B, num_classes).
 
         Args:
-            passes: run only the first passes, in this call; see `set_passes`.
+            passes: run only the first passes, in this call; see `set_passes`. Other threads that run the same model
+                meanwhile would get them too: give each thread a copy, or set the passes beforehand.
         """
         if passes is None or isinstance(passes, torch.fx.Proxy):  # torch.fx replaces also what nobody gives
             return self.forward_head(self.forward_features(x))
@@ -117,8 +118,9 @@ class SReT(TimmInterface):
     def forward_exits(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> logits (B, num_classes) at each exit, the last ones equal to those of `forward`.
 
-        Raises `InputError` for a model without exits.
+        Raises `InputError` for a model without exits, and for images of another shape than `forward` takes.
         """
+        check_images(x, self.config)
         logits = []
         for part in exit_parts(self, x.shape[2:]):
             x = part.run(x)

@@ -171,7 +171,7 @@ class TrainConfig:
             raise InputError("pass_weights has no effect on a model with one pass; leave it out")
         if len(weights) != passes:
             raise InputError(f"pass_weights is {weights}; give {passes} numbers, for steps with 1 to {passes} passes")
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not weights[-1]:
+        if not all(weight >= 0 for weight in weights) or not math.isfinite(sum(weights)) or not weights[-1]:
             raise InputError(f"pass_weights is {weights}; use numbers >= 0, and > 0 for the last, all passes")
 
     @property

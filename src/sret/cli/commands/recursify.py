@@ -65,8 +65,11 @@ def run(arguments: Namespace) -> int:
     if not sharing.changed.keys() - {"parts"}:
         raise InputError("nothing would change; give --passes 2, --extra_passes 1, --slices, --scale or --projection")
     check_output_dir(out, options["data"])
-    if options["resume"] is None and (present := [name for name in OUTPUTS if (out / name).exists()]):
+    present = [name for name in OUTPUTS if (out / name).exists()]
+    if present and options["resume"] is None:
         raise InputError(f"{out} has {', '.join(present)} already; add --resume auto, or choose another --out")
+    if present and "state.pt" not in present:
+        raise InputError(f"{out} has {', '.join(present)}, but no state.pt to continue from; choose another --out")
     with locked(out):
         recover(options, sharing, settings, accelerator)
     return 0

@@ -29,10 +29,10 @@ class Merge:
     added faster than along another axis.
 
     Attributes:
-        kept: (B K) int64, rows before the merge of the tokens that remain, ascending.
-        gone: (B R) int64, rows before the merge of the tokens that are merged into others.
-        into: (B R) int64, rows after the merge of the tokens that they are merged into.
-        source: (B N) int64, for each token, the row after the merge that holds it.
+        kept: (B, K) int64, rows before the merge of the tokens that remain, ascending.
+        gone: (B, R) int64, rows before the merge of the tokens that are merged into others.
+        into: (B, R) int64, rows after the merge of the tokens that they are merged into.
+        source: (B, N) int64, for each token, the row after the merge that holds it.
     """
 
     kept: Tensor
@@ -42,10 +42,10 @@ class Merge:
 
     def apply(self, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, C) and sizes (B, N, 1) -> (B, K, C) and (B, K, 1): means weighted by the sizes, and their sums."""
-        B, _, C = x.shape
         rows = torch.cat((x * sizes, sizes), 2).flatten(0, 1)  # sizes are float32 or float64
-        sums = rows.index_select(0, self.kept).index_add_(0, self.into, rows.index_select(0, self.gone))
-        means, sizes = sums.unflatten(0, (B, -1)).split([C, 1], 2)
+        kept, gone = (rows.index_select(0, places.flatten()) for places in (self.kept, self.gone))
+        sums = kept.index_add_(0, self.into.flatten(), gone)
+        means, sizes = sums.view(*self.kept.shape, x.shape[2] + 1).split([x.shape[2], 1], 2)
         return (means / sizes).to(x.dtype), sizes
 
     def undo(self, x: Tensor) -> Tensor:
@@ -80,15 +80,17 @@ def find_merge(keys: Tensor, num_groups: int, r: int, order: Tensor | None = Non
         if order is not None:
             positions = order[positions]
         images = torch.arange(0, B * N, N, device=device)[:, None]
-        gone, partners = (positions + images).flatten(1).unbind()
-        is_kept = torch.ones(B * N, dtype=torch.bool, device=device).index_fill_(0, gone, False)
+        gone, partners = (positions + images).unbind()
+        is_kept = torch.ones(B * N, dtype=torch.bool, device=device).index_fill_(0, gone.flatten(), False)
         index = is_kept.cumsum(0) - 1  # of a kept token among the kept ones
-        into, num_kept = index.index_select(0, partners), B * (N - positions.shape[2])
+        into, K = index.index_select(0, partners.flatten()), N - positions.shape[2]
+        num_kept = B * K
         # All tokens that are not kept write to one more place, which is cut off.
         place = torch.where(is_kept, index, num_kept)
         kept = torch.empty(num_kept + 1, dtype=torch.int64, device=device)
         kept = kept.scatter_(0, place, torch.arange(B * N, device=device))[:num_kept]
-        return Merge(kept, gone, into, index.index_copy_(0, gone, into))
+        source = index.index_copy_(0, gone.flatten(), into)
+        return Merge(kept.view(B, K), gone, into.view(gone.shape), source.view(B, N))
 
 
 def match(keys: Tensor, r: int) -> Tensor:
@@ -101,5 +103,5 @@ def match(keys: Tensor, r: int) -> Tensor:
 
 
 def select(x: Tensor, rows: Tensor) -> Tensor:
-    """(B, K, C) and (B N) int64 -> (B, N, C): these rows of (B K, C)."""
-    return x.flatten(0, 1).index_select(0, rows).unflatten(0, (x.shape[0], -1))
+    """(B, K, C) and (B, N) int64 -> (B, N, C): these rows of (B K, C)."""
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, x.shape[2])

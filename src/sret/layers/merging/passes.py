@@ -33,7 +33,7 @@ class MergedTokens:
     Attributes:
         x: (B, K, C).
         sizes: (B, K, 1), how many tokens each stands for, float32 or float64; None while no token is merged.
-        source: (B N) int64, the row of (B K, C) that stands for each position of the grid; None while none is merged.
+        source: (B, N) int64, the row of (B K, C) that stands for each position of the grid; None while none is merged.
     """
 
     x: Tensor
@@ -46,7 +46,9 @@ class MergedTokens:
         if sizes is None:
             sizes = self.x.new_ones(*self.x.shape[:2], 1, dtype=torch.promote_types(self.x.dtype, torch.float32))
         x, sizes = merge.apply(self.x, sizes)
-        source = merge.source if self.source is None else merge.source.index_select(0, self.source)
+        source = merge.source
+        if self.source is not None:
+            source = source.flatten().index_select(0, self.source.flatten()).view(self.source.shape)
         return MergedTokens(x, sizes, source)
 
     def unmerged(self) -> Tensor:

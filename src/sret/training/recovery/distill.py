@@ -64,7 +64,7 @@ def distill(
     num_workers: int,
     report: Callable[[dict[str, float]], None],
 ) -> list[dict[str, float]]:
-    """Trains `pair.shared` in place; saves the state in `out` after each epoch, and continues from a state in it.
+    """Trains `pair.shared` in place; saves the state in `out` before and after each epoch, or continues from it.
 
     Args:
         key: plain values that describe the run; a state with other values is refused.
@@ -78,6 +78,8 @@ def distill(
     device = next(pair.shared.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(pair.shared, settings), settings.learning_rate)
     rows = restore(pair.shared, optimizer, out, key)
+    if not rows:
+        save(pair.shared, optimizer, out, key, rows)  # also of a run of no epochs: it says whose results are in `out`
     if len(rows) >= settings.epochs:
         return rows
     batches = batches_of(settings, pair.preprocessing, len(samples))
@@ -105,8 +107,7 @@ def distill(
             total = predictions + settings.feature_weight * features
             row = {"epoch": epoch + 1, "loss": total, "predictions": predictions, "features": features}
             rows.append({**row, "train_agreement": 100 * agreement})
-            state = {"key": key, "rows": rows, "model": pair.shared.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(out / STATE, state)
+            save(pair.shared, optimizer, out, key, rows)
             report(rows[-1])
     return rows
 
@@ -186,6 +187,14 @@ def parameter_groups(model: nn.Module, settings: Recovery) -> list[dict[str, Any
         group["params"] = [p for p in group["params"] if id(p) not in places]
     own = {"params": gates, "weight_decay": 0.0, "lr": settings.gate_rate * settings.learning_rate}
     return [group for group in [*groups, own] if group["params"]]
+
+
+def save(
+    model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, key: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """Writes the state that `restore` continues from."""
+    state = {"key": key, "rows": rows, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_state(out / STATE, state)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
