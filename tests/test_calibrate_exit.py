@@ -19,8 +19,9 @@ from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.elastic import ExitPolicy, batches, predict_with_exits
 from sret.elastic.calibrate import Outcome, acceptable, outcomes, scores_of
-from sret.errors import InputWarning
+from sret.errors import InputError, InputWarning
 from sret.export.exits import exit_policy
+from sret.inference.exits import digest_of, store_policy
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_the_command_stores_a_threshold_that_eval_and_predict_use(trained: Path,
     assert json.loads(out)["exits"] == chosen["counts"]
     assert json.loads(out)["top1"] == pytest.approx(chosen["top1"])
     assert f"Early exit: confidence above {found['threshold']:g}" in sret(capsys, "info", trained)[1]
-    assert "Early exit: " in sret(capsys, "eval", *files, "--exit", "0.5", "--split", "val")[1]
+    assert "Early exit, confidence above 0.5: " in sret(capsys, "eval", *files, "--exit", "0.5", "--split", "val")[1]
     with pytest.warns(InputWarning, match="chosen with all passes"):
         exit_policy(with_passes(*load_weights(trained), 1)[0], stored, trained, "auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -159,9 +160,23 @@ def test_the_command_stores_a_threshold_that_eval_and_predict_use(trained: Path,
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
     for options, threshold in (((), None), (("--exit", "0"), 0)):
         out = sret(capsys, "predict", tmp_path / "a.png", "--checkpoint", trained, "--json", *options)[1]
+        assert json.loads(out).get("exit") == (None if threshold is None else 1)
         image = torch.full((1, 1, 16, 16), -1.0)
         logits = model(image) if threshold is None else predict_with_exits(model, image, ExitPolicy(threshold=0))[0]
         assert json.loads(out)["prediction"] == str(int(logits.argmax()))
+    predict = ("predict", tmp_path / "a.png", "--checkpoint", trained, "--exit", 0)
+    assert sret(capsys, *predict)[1].endswith("   (exit 1)\n")
+    assert sret(capsys, *predict, "--out", tmp_path / "t.jsonl")[0] == 0
+    assert json.loads((tmp_path / "t.jsonl").read_text())["exit"] == 1
+
+
+def test_a_threshold_is_not_stored_for_weights_that_were_replaced(trained: Path, tmp_path: Path):
+    path, (model, card) = tmp_path / "w.safetensors", load_weights(trained)
+    save_weights(path, {key: value + 1 for key, value in model.state_dict().items()}, card)
+    replaced = path.read_bytes()
+    with pytest.raises(InputError, match="was replaced meanwhile"):
+        store_policy(path, ExitPolicy(threshold=0.5), digest_of(trained))
+    assert path.read_bytes() == replaced
 
 
 @pytest.mark.parametrize(

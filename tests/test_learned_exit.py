@@ -156,7 +156,7 @@ def test_the_command_fits_and_stores_what_eval_uses(trained: Path, tmp_path: Pat
     files = ("--checkpoint", path, "--data", "digits", "--split", "val")
     code, out, error = sret(capsys, "eval", *files, "--exit", "auto")
     assert code == 0, error
-    assert "Early exit: " in out
+    assert f"Early exit, {policy}: " in out
     code, _, error = sret(capsys, "predict", "x.png", "--checkpoint", path, "--exit", "auto", "--passes", 1)
     assert code == 2
     assert "run all passes" in error.splitlines()[-1]  # after the warning about fewer passes

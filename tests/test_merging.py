@@ -5,6 +5,7 @@ import torch
 from conftest import small_config
 
 from sret import InputError, SReT, StageConfig, load, merge_tokens, model_cost
+from sret.cli.main import main
 from sret.layers import IndexPermutation
 from sret.layers.merging import MergedTokens, find_merge, merging_pass
 from sret.models.config import ModelConfig
@@ -158,15 +159,17 @@ def test_counted_costs_include_merging(merging):
     assert model_cost(merging.config).macs < model_cost(merge_tokens(merging, 0).config).macs
 
 
-def test_a_weights_file_holds_the_merging(merging, image, tmp_path):
+def test_a_weights_file_holds_the_merging(merging, image, tmp_path, capsys):
     from sret.checkpoints.card import Card, save_weights
     from sret.data.preprocess import Preprocessing
 
     card = Card(config=merging.config, preprocessing=Preprocessing(img_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3))
-    save_weights(tmp_path / "m.safetensors", merging.state_dict(), card)
+    save_weights(str(tmp_path / "m.safetensors"), merging.state_dict(), card)
     loaded = load(tmp_path / "m.safetensors").eval()
     assert loaded.config.stages[0].merge == (3, 4)
     assert torch.equal(loaded(image), merging(image))
+    assert main(["info", str(tmp_path / "m.safetensors")]) == 0
+    assert "Merged tokens of a slice, by stage and layer: [3, 4], [1, 1, 1], []" in capsys.readouterr().out
 
 
 @pytest.mark.slow

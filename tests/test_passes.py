@@ -107,11 +107,15 @@ def test_exits_after_added_passes_are_left_out():
         preprocessing=Preprocessing(img_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3),
         exit_policy=ExitPolicy(threshold=0.5),
     )
-    with pytest.warns(InputWarning):
+    with pytest.warns(InputWarning, match="4 are untrained; exits are left out"):
         longer, found = with_passes(SReT(config).eval(), card, 4)
     assert (len(longer.exits), found.config.exits, found.exit_policy) == (0, "none", None)
     with pytest.warns(InputWarning):
         assert with_passes(SReT(config).eval(), card, 1)[1].exit_policy == card.exit_policy
+    config = replace(CONFIG, exits="stages")
+    with pytest.warns(InputWarning, match="the stored threshold for early exit was chosen without them"):
+        found = with_passes(SReT(config).eval(), replace(card, config=config), 4)[1]
+    assert found.exit_policy == card.exit_policy
 
 
 @pytest.mark.usefixtures("quick_report")
@@ -172,6 +176,7 @@ def test_weights_that_cannot_be_drawn_are_refused():
         (1,): "give 2 numbers",
         (1, 0): "> 0 for the last",
         (-1, 1): "use numbers >= 0",
+        (1e308, 1e308): "use numbers >= 0",
         (float("nan"), 1): "use numbers >= 0",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -200,7 +205,7 @@ def test_commands_run_the_first_passes(tmp_path: Path, capsys):
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert len(set(losses)) == 3
     assert main(["export", str(path), str(tmp_path / "one.onnx"), "--passes", "1"]) == 0
-    assert main(["bench", f"{path}:passes=2", f"{path}:passes=1", "--json", "--rounds", "1"]) == 0
+    assert main(["bench", f"{path}:passes=2", f"{path}:passes=[1,2]", "--json", "--rounds", "1"]) == 0
     capsys.readouterr()
     exported, found = load_model(tmp_path / "one.onnx")
     images = torch.randn(2, 1, 16, 16)
@@ -209,6 +214,8 @@ def test_commands_run_the_first_passes(tmp_path: Path, capsys):
     capsys.readouterr()
     assert main(["eval", "--checkpoint", str(tmp_path / "one.onnx"), "--data", "digits", "--passes", "1"]) == 2
     assert "whose passes are fixed" in capsys.readouterr().err
+    assert main(["eval", "--checkpoint", str(path), "--data", "digits", "--passes", "99999"]) == 2
+    assert "passes is 99999; use at most " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_report")

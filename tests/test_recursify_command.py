@@ -214,6 +214,19 @@ def test_a_resumed_run_gives_the_same_weights(trained, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.usefixtures("no_figure")
+def test_a_model_of_timm_may_take_grey_images(tmp_path, capsys):
+    model = timm.create_model(NAME, **ARGS_ONLY, img_size=8, in_chans=1, num_classes=10)
+    save_file(model.state_dict(), tmp_path / "grey.safetensors")
+    arguments = json.dumps({**ARGS_ONLY, "img_size": 8, "in_chans": 1})
+    files = ("--weights", str(tmp_path / "grey.safetensors"), "--out", str(tmp_path / "x"))
+    assert cli.main(["recursify", NAME, "--model_args", arguments, *files, *COMMAND, "--epochs", "0"]) == 0, (
+        capsys.readouterr().err
+    )
+    card = load_any(tmp_path / "x" / "model.safetensors")[1]
+    assert (card.config.in_chans, card.preprocessing.mean) == (1, (0.5,))
+
+
+@pytest.mark.usefixtures("no_figure")
 def test_a_run_of_no_epochs_is_not_replaced_by_another(trained, tmp_path, capsys):
     out = tmp_path / "x"
     arguments = ["recursify", *trained, *COMMAND, "--epochs", "0", "--out", str(out), "--resume", "auto"]

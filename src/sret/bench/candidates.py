@@ -164,12 +164,12 @@ def make_subject(
     return subject
 
 
-def _without_passes(name: str) -> tuple[str, int | None]:
-    """The name of a model without its option `passes=k`, and k."""
-    match = re.search(r"(?<=[:,])passes=(\d+)(?:,|$)", name)
-    return (
-        (name, None) if match is None else ((name[: match.start()] + name[match.end() :]).rstrip(":,"), int(match[1]))
-    )
+def _without_passes(name: str) -> tuple[str, Any]:
+    """The name of a model without its option `passes=k` or `passes=[k,l,...]`, and the value; None without it."""
+    match = re.search(r"(?<=[:,])passes=(\d+|\[[\d,]*\])(?:,|$)", name)
+    if match is None:
+        return name, None
+    return (name[: match.start()] + name[match.end() :]).rstrip(":,"), read_yaml(match[1])
 
 
 def _from_timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:

@@ -146,7 +146,8 @@ def draw(path: Path, title: str, whole: Speed, timed: Sequence[Timed], stored: T
         panel.plot(speeds, [row.outcome.top1 for row in rows], "o-", label="thresholds")
         panel.plot(getattr(whole, name), top1, "D", color="white", mec="black", ms=9, label="whole model, no exits")
         at = getattr(stored.speed, name)
-        text = f"stored: above {stored.outcome.threshold:g}"
+        threshold = stored.outcome.threshold
+        text = "stored: no exits" if threshold == 1 else f"stored: above {threshold:g}"
         panel.plot(at, stored.outcome.top1, "*", color="tab:orange", mec="black", ms=16, label=text)
         panel.set(title=label, xlabel="images/s")
         panel.grid(alpha=0.3)

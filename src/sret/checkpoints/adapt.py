@@ -25,7 +25,7 @@ from sret.checkpoints.card import Card, as_sret
 from sret.checkpoints.fit import EXITS, check_fit, load_pretrained
 from sret.checkpoints.resolve import read_source
 from sret.errors import InputError, InputWarning, error_prefix, plural
-from sret.models.config import ModelConfig
+from sret.models.config import MAX_DEPTH, ModelConfig
 from sret.models.sret import SReT
 from sret.models.stage_config import StageConfig
 
@@ -92,8 +92,8 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
             are those of `transfer`, each of them a shorter step; exits after passes are then left out. A policy for
             early exit that does not fit the passes is left out too.
 
-    Warns if the weights were not trained for that number of passes. Raises `InputError` as `transfer` does, and for
-    more passes of a fused model.
+    Warns if the weights were not trained for that number of passes. Raises `InputError` as `transfer` does, for more
+    passes of a fused model, and for more layers than a model may have.
     """
     if passes is None:
         return model, card
@@ -118,6 +118,8 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
             policy = None
         return model, replace(card, config=config, exit_policy=policy)
     card.check_unfused("the file")
+    if max(wanted) > (limit := MAX_DEPTH // sum(stage.num_blocks for stage in ours.stages)):
+        raise InputError(f"passes is {_shown(wanted)}; use at most {limit:,}: a model has up to {MAX_DEPTH:,} layers")
     stages = tuple(stage.with_passes(n) for stage, n in zip(ours.stages, wanted, strict=True))
     config, also = replace(ours, stages=stages), ""
     if ours.exits == "passes":  # the classifiers after added passes would be untrained

@@ -137,16 +137,17 @@ class Card:
         )
 
 
-def save_weights(path: Path, state_dict: dict[str, Tensor], card: Card) -> None:
+def save_weights(path: str | os.PathLike[str], state_dict: dict[str, Tensor], card: Card) -> None:
     """Writes weights to a safetensors file, with the card in its metadata.
 
     Args:
         state_dict: each shared tensor once (`each_once`).
+        card: its `config` is what `load` builds: for a changed model, such as that of `merge_tokens`, the model's own.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
     metadata = {"format": "pt", METADATA_KEY: card.to_json()}
     metadata[CHECKSUM_KEY] = checksum(tensors, metadata)
-    write_atomically(path, save(tensors, metadata=metadata))
+    write_atomically(Path(path), save(tensors, metadata=metadata))
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[SReT, Card]:

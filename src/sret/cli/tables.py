@@ -102,7 +102,7 @@ def _print_card(console: Console, card: Card) -> None:
         f"side; in 0..1, mean {mean}, std {std}",
     ]
     if card.exit_policy is not None:
-        lines.append(f"Early exit: {card.exit_policy.criterion} above {card.exit_policy.threshold:g} (--exit auto)")
+        lines.append(f"Early exit: {card.exit_policy} (--exit auto)")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -160,6 +160,9 @@ def print_model(console: Console, name: str, size: tuple[int, int] | None) -> No
     console.print(table)
     parts = (f"{part} {n:,} ({n / cost.parameters:.0%})" for part, n in cost.parameters_by_part().items())
     console.print(f"Parameters: {', '.join(parts)}", soft_wrap=True)
+    if config.is_merging:
+        merged = ", ".join(str(list(stage.merge)) for stage in config.stages)
+        console.print(f"Merged tokens of a slice, by stage and layer: {merged}", soft_wrap=True, markup=False)
     console.print(f"On a GPU: {gpu_path_of(config)}", soft_wrap=True)
     if card is not None:
         _print_card(console, card)

@@ -135,11 +135,15 @@ class EarlyExit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) normalised -> (B, num_classes)."""
+        return self.predict(x)[0]
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `predict_with_exits`; counts the exits."""
         if self.model.passes != self._passes:
             self._start_counting()
         logits, exits = predict_with_exits(self.model, x, self.policy)
         self.counts += exits.bincount(minlength=len(self.counts)).cpu()
-        return logits
+        return logits, exits
 
     def share_of_macs(self) -> float:
         """The mean number of MACs of the images so far, as a share of those of the model without exits."""

@@ -53,6 +53,10 @@ class ExitPolicy:
         if self.criterion != "learned" and self.coefficients:
             raise InputError(f"coefficients belong to the criterion learned, not to {self.criterion}")
 
+    def __str__(self) -> str:
+        """In words, such as "confidence above 0.9"."""
+        return "no image leaves early" if self.threshold == 1 else f"{self.criterion} above {self.threshold:g}"
+
     def fits(self, count: int) -> bool:
         """Whether a model with `count` exits, the last included, can use the policy."""
         return not self.coefficients or len(self.coefficients) == count - 1
@@ -82,3 +86,8 @@ class ExitPolicy:
     def leaves(self, probabilities: Tensor, before: Tensor | None, exit_index: int) -> Tensor:
         """Which images leave at an exit: (B,) bool. Arguments as in `score`."""
         return self.score(probabilities, before, exit_index) > self.threshold
+
+
+def exit_numbers(count: int) -> str:
+    """The numbers of so many exits, as in "1, 2, ... 6"."""
+    return ", ".join(map(str, range(1, count + 1))) if count < 4 else f"1, 2, ... {count}"

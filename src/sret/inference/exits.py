@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sret.checkpoints.card import Card, load_weights, save_weights
-from sret.checkpoints.files import read_safetensors
+from sret.checkpoints.files import CHECKSUM_KEY, read_safetensors
 from sret.data.loading import ImageDataset
 from sret.elastic import EarlyExit, ExitPolicy
 from sret.elastic.calibrate import Outcome, fitted, outcomes, representative
@@ -92,7 +92,18 @@ def calibrate(
     return Calibration(policy, found, f"{evaluation.data.name}, val: {len(labels):,} images", sample.to(device))
 
 
-def store_policy(path: Path, policy: ExitPolicy) -> None:
-    """Writes a policy into the card of a weights file; the weights stay. The file is replaced when all is written."""
+def digest_of(path: Path) -> str | None:
+    """The digest that a weights file has of its weights and its card."""
+    return read_safetensors(path)[1].get(CHECKSUM_KEY)
+
+
+def store_policy(path: Path, policy: ExitPolicy, digest: str | None) -> None:
+    """Writes a policy into the card of a weights file; the weights stay. The file is replaced when all is written.
+
+    Raises `InputError` if the file no longer has this digest: the policy is for the weights that it had.
+    """
     card = load_weights(path)[1]
-    save_weights(path, read_safetensors(path)[0], replace(card, exit_policy=policy))
+    weights, metadata = read_safetensors(path)
+    if metadata.get(CHECKSUM_KEY) != digest:
+        raise InputError(f"{path} was replaced meanwhile, so the threshold was not stored; run the command again")
+    save_weights(path, weights, replace(card, exit_policy=policy))

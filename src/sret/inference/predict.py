@@ -14,8 +14,8 @@ from sret.checkpoints.card import Card
 from sret.data.dataset import Samples
 from sret.data.image_files import find_image_files, image_suffixes, warn_of_skipped
 from sret.data.loading import UNREADABLE, ImageDataset, check_batch
-from sret.data.preprocess import Normalized
 from sret.data.workers import worker_options
+from sret.elastic import EarlyExit
 from sret.errors import InputError
 
 
@@ -27,11 +27,13 @@ class Prediction:
         path: the image file.
         classes: (name, probability) of the most probable classes, the most probable first.
         error: why the image could not be read, or empty.
+        exit: the number of the exit at which it left, from 1; None for a model without early exit.
     """
 
     path: Path
     classes: tuple[tuple[str, float], ...] = ()
     error: str = ""
+    exit: int | None = None
 
 
 def find_images(given: Sequence[str | Path]) -> list[Path]:
@@ -90,17 +92,19 @@ def predict(
             "this model has no classifier; give one with num_classes above 0, or compute features with sret features"
         )
     device = next(model.parameters(), torch.empty(0)).device  # an exported model has no parameters
-    net = Normalized(model, card.preprocessing)
     check_batch(card.preprocessing, batch_size, len(paths))
     images_of = ImageDataset(Samples(paths, [0] * len(paths)), card.preprocessing)
     done = 0
     for images, labels, errors in DataLoader(images_of, batch_size, **worker_options(num_workers)):
-        probabilities = net(images.to(device)).float().softmax(dim=1)
+        x = card.preprocessing.normalize(images.to(device))
+        logits, exits = model.predict(x) if isinstance(model, EarlyExit) else (model(x), None)
+        left = [None] * len(x) if exits is None else (exits + 1).tolist()
+        probabilities = logits.float().softmax(dim=1)
         if not probabilities[labels.to(device) != UNREADABLE].isfinite().all():
             raise InputError("the model's outputs are not finite: its weights are damaged")
         values, indices = (t.cpu().tolist() for t in probabilities.topk(min(top_k, card.config.num_classes)))
         for error in errors:
-            names = [card.name_of(label) for label in indices[done % batch_size]]
-            classes = tuple(zip(names, values[done % batch_size], strict=True))
-            yield Prediction(paths[done], error=error) if error else Prediction(paths[done], classes)
+            i = done % batch_size
+            classes = tuple(zip(map(card.name_of, indices[i]), values[i], strict=True))
+            yield Prediction(paths[done], error=error) if error else Prediction(paths[done], classes, exit=left[i])
             done += 1

@@ -16,11 +16,13 @@ CHECKPOINT = "a weights file, a published name such as sret_t.dist_in1k, hf-hub:
 IMAGES = "image files, folders, or patterns such as 'photos/**/*.jpg'"
 NUM_WORKERS = "processes that load images"
 MAX_CORRUPT = "number of unreadable images that may be skipped"
+PASSES_SHOWN = "N|[N,...]"
 PASSES = (
-    "run the first passes of every recursion: a number, or one for each stage; by default all. A larger number than "
-    "the model has repeats the blocks more often, with smaller steps"
+    "run the first passes of every recursion: a number, or one for each stage, such as [2,2,1]; by default all. A "
+    "larger number than the model has repeats the blocks more often, with smaller steps"
 )
-EXIT = "early exit: auto for the threshold that calibrate-exit stored, or a number from 0 to 1; by default none"
+EXIT_SHOWN = "auto|X"
+EXIT = "early exit: auto for the threshold that calibrate-exit stored, or a number X from 0 to 1; by default none"
 IMG_SIZE = "pixels, or [height,width]; by default the model's"
 
 

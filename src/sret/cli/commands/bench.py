@@ -11,7 +11,7 @@ from sret.ranges import PositiveInt
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the options of the command."""
     models = "a model of timm or sret, also with options (sret_t:permutation=strided); or a file of weights or export; "
-    models += "of sret also with its first passes only (sret_t:passes=1, best.safetensors:passes=1)"
+    models += "of sret also with its first passes only (sret_t:passes=1, best.safetensors:passes=[2,2,1])"
     engines = "eager, fused (sret only), compile, cudagraphs, onnxruntime, openvino, or several: a,b"
     parser.add_argument("models", type=str, nargs="+", metavar="MODEL", help=models)
     parser.add_argument("--batch_size", type=PositiveInt, default=8, help="images per batch")

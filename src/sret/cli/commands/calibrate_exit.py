@@ -42,13 +42,14 @@ def run(arguments: Namespace) -> int:
     from sret.bench.exits import check_figure_path, draw, fastest, time_exits, to_time
     from sret.export.exits import with_exits
     from sret.export.runtime import load_model
-    from sret.inference.exits import calibrate, store_policy
+    from sret.inference.exits import calibrate, digest_of, store_policy
 
     path, figure, max_drop = arguments.checkpoint, arguments.figure, arguments.max_drop
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: the threshold is stored in a weights file of sret, NAME.safetensors; give one")
     if figure is not None:
         check_figure_path(figure)
+    digest = digest_of(path)
     loaded, card = load_model(path)
     model = with_exits(loaded, path)
     if torch.accelerator.is_available():
@@ -59,7 +60,9 @@ def run(arguments: Namespace) -> int:
     whole, timed = time_exits(model, measured.policy, to_time(measured.found, max_drop), images)
     stored = fastest(whole, timed, max_drop)
     policy = replace(measured.policy, threshold=stored.outcome.threshold)
-    store_policy(path, policy)
+    if not arguments.json:
+        print_table(measured.data, whole, timed, stored, len(images))
+    store_policy(path, policy, digest)
     if figure is not None:
         draw(figure, f"{path.stem}, {measured.data}: {policy.criterion}", whole, timed, stored, len(images))
     if arguments.json:
@@ -67,10 +70,9 @@ def run(arguments: Namespace) -> int:
         about = {"checkpoint": str(path), "data": measured.data, "batch": len(images), **asdict(policy)}
         print(json.dumps({**about, "whole_images_per_second": vars(whole), "rows": rows}))
         return 0
-    print_table(measured.data, whole, timed, stored, len(images))
-    if stored.outcome.threshold == 1:
+    if policy.threshold == 1:
         print(f"No threshold that loses at most {max_drop} points is faster than the whole model")
-    print(f"Stored in {path}: {policy.criterion} above {policy.threshold}; use it with --exit auto")
+    print(f"Stored in {path}: {policy}; use it with --exit auto")
     if figure is not None:
         print(f"Figure in {figure}")
     return 0
@@ -78,9 +80,12 @@ def run(arguments: Namespace) -> int:
 
 def print_table(data: str, whole: "Speed", timed: "list[Timed]", stored: "Timed", batch_size: int) -> None:
     """Prints a row for each threshold."""
+    from sret.elastic.policy import exit_numbers
+
     exits = len(stored.outcome.counts)
     print(f"{data}; images/s one at a time, and in a batch of {batch_size}")
-    print(f"threshold   top-1 %   MACs   images/s: 1      {batch_size:3}   images that leave at exit 1, 2, ... {exits}")
+    where = f"images that leave at exit {exit_numbers(exits)}"
+    print(f"threshold   top-1 %   MACs   images/s: 1      {batch_size:3}   {where}")
     for row in timed:
         outcome, counts = row.outcome, " ".join(map(str, row.outcome.counts))
         print(

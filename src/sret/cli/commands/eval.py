@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT, EXIT, MAX_CORRUPT, NUM_WORKERS, PASSES, Exit, Passes
+from sret.cli.commands import CHECKPOINT, EXIT, EXIT_SHOWN, MAX_CORRUPT, NUM_WORKERS, PASSES, PASSES_SHOWN, Exit, Passes
 from sret.ranges import NonNegativeInt, PositiveInt, Workers
 
 
@@ -21,8 +21,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Literal["train", "val", "test", "all"] | None,
         help="by default test; for a folder that has no splits and was not used for training, all",
     )
-    parser.add_argument("--passes", type=Passes, help=PASSES)
-    parser.add_argument("--exit", type=Exit, help=EXIT)
+    parser.add_argument("--passes", type=Passes, metavar=PASSES_SHOWN, help=PASSES)
+    parser.add_argument("--exit", type=Exit, metavar=EXIT_SHOWN, help=EXIT)
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=64, help="images per batch; does not change the result"
     )
@@ -67,7 +67,12 @@ def run(arguments: Namespace) -> int:
     metrics, data, split = evaluation.metrics, evaluation.data.name, evaluation.split
     exits: dict[str, Any] = {}
     if isinstance(net, EarlyExit):
-        exits = {"exits": net.counts.tolist(), "share_of_macs": net.share_of_macs()}
+        exits = {
+            "criterion": net.policy.criterion,
+            "threshold": net.policy.threshold,
+            "exits": net.counts.tolist(),
+            "share_of_macs": net.share_of_macs(),
+        }
     if arguments.json:
         about = {"checkpoint": str(arguments.checkpoint), "data": data, "split": split}
         print(json.dumps({**about, **asdict(metrics), **exits}))
@@ -79,7 +84,8 @@ def run(arguments: Namespace) -> int:
             f"{high:.1f}), {top5}loss {metrics.loss:.4f}"
         )
         if exits:
-            print(f"Early exit: {exits['share_of_macs']:.2f} of the MACs; images per exit {exits['exits']}")
+            counts, share = exits["exits"], exits["share_of_macs"]
+            print(f"Early exit, {net.policy}: {share:.2f} of the MACs; images per exit {counts}")
     if arguments.report is not None:
         write_report(arguments.report, evaluation, card.preprocessing)
         print(f"Report in {arguments.report}", file=sys.stderr if arguments.json else sys.stdout)

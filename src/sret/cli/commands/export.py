@@ -5,7 +5,18 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import EXIT, IMG_SIZE, MAX_CORRUPT, PASSES, WEIGHTS, Exit, ImageSize, Passes
+from sret.cli.commands import (
+    EXIT,
+    EXIT_SHOWN,
+    IMG_SIZE,
+    MAX_CORRUPT,
+    PASSES,
+    PASSES_SHOWN,
+    WEIGHTS,
+    Exit,
+    ImageSize,
+    Passes,
+)
 from sret.ranges import NonNegativeInt, PositiveInt
 
 
@@ -20,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="bfloat16 is only for OpenVINO; int8 needs --data",
     )
     parser.add_argument("--img_size", type=ImageSize, help=IMG_SIZE)
-    parser.add_argument("--passes", type=Passes, help=PASSES)
-    parser.add_argument("--exit", type=Exit, help=EXIT)
+    parser.add_argument("--passes", type=Passes, metavar=PASSES_SHOWN, help=PASSES)
+    parser.add_argument("--exit", type=Exit, metavar=EXIT_SHOWN, help=EXIT)
     parser.add_argument(
         "--data",
         type=str | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from sret.cli.commands import CHECKPOINT, EXIT, IMAGES, NUM_WORKERS, PASSES, Exit, Passes
+from sret.cli.commands import CHECKPOINT, EXIT, EXIT_SHOWN, IMAGES, NUM_WORKERS, PASSES, PASSES_SHOWN, Exit, Passes
 from sret.errors import printable
 from sret.ranges import ClosedUnitInterval, PositiveInt, Workers
 
@@ -37,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path | None, help="write a table instead of printing: NAME.csv, NAME.jsonl or NAME.parquet"
     )
-    parser.add_argument("--passes", type=Passes, help=PASSES)
-    parser.add_argument("--exit", type=Exit, help=EXIT)
+    parser.add_argument("--passes", type=Passes, metavar=PASSES_SHOWN, help=PASSES)
+    parser.add_argument("--exit", type=Exit, metavar=EXIT_SHOWN, help=EXIT)
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="images per batch")
     parser.add_argument("--num_workers", type=Workers, default=0, help=NUM_WORKERS)
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of text")
@@ -46,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from sret.elastic import EarlyExit
     from sret.export.runtime import load_model
     from sret.inference.exits import with_exit
     from sret.inference.predict import find_images, predict
@@ -74,7 +75,11 @@ def run(arguments: Namespace) -> int:
     columns: dict[str, type] = {"image": str, "prediction": str}
     for k in range(top_k):
         columns |= {f"class_{k + 1}": str, f"confidence_{k + 1}": float}
-    write_table(arguments.out, {**columns, "error": str}, (_row(p, top_k, arguments.min_confidence) for p in shown))
+    if isinstance(model, EarlyExit):
+        columns["exit"] = int
+    columns["error"] = str
+    rows = (_row(p, top_k, arguments.min_confidence, has_exit="exit" in columns) for p in shown)
+    write_table(arguments.out, columns, rows)
     seconds = time.monotonic() - started
     done = f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.1f} images/s)"
     print(f"{arguments.out}: {done}{f', {len(errors)} of them could not be read' if errors else ''}")
@@ -115,12 +120,13 @@ def _with_progress(
                 progress.advance(task)
 
 
-def _row(prediction: "Prediction", top_k: int, min_confidence: float) -> list[Any]:
+def _row(prediction: "Prediction", top_k: int, min_confidence: float, has_exit: bool) -> list[Any]:
     classes = prediction.classes or ((None, None),) * top_k
     return [
         printable(prediction.path),
         _predicted_name(prediction, min_confidence) if prediction.classes else None,
         *(value for pair in classes for value in pair),
+        *([prediction.exit] if has_exit else []),
         printable(prediction.error) or None,
     ]
 
@@ -135,7 +141,9 @@ def _print(prediction: "Prediction", min_confidence: float, as_json: bool) -> No
         return
     image, named = printable(prediction.path), _predicted_name(prediction, min_confidence)
     if as_json:
-        print(json.dumps({"image": image, "prediction": named, "classes": dict(prediction.classes)}))
+        left_at = {} if prediction.exit is None else {"exit": prediction.exit}
+        print(json.dumps({"image": image, "prediction": named, "classes": dict(prediction.classes), **left_at}))
     else:
         classes = "   ".join(f"{name} {100 * probability:5.1f} %" for name, probability in prediction.classes)
-        print(f"{image}:   {f'{UNSURE}   ' if named == UNSURE else ''}{classes}")
+        left = "" if prediction.exit is None else f"   (exit {prediction.exit})"
+        print(f"{image}:   {f'{UNSURE}   ' if named == UNSURE else ''}{classes}{left}")

@@ -8,6 +8,7 @@ Source: the authors' release, which trained the published distilled models; ther
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -154,10 +155,13 @@ def _from_timm(
         raise InputError(f"could not load the {role} {name}: {reason}; {hint}") from error
     wanted = resolve_model_data_config(model)
     size = arguments.get("img_size", wanted["input_size"][1:])
+    mean, std = tuple(wanted["mean"]), tuple(wanted["std"])
+    if arguments.get("in_chans", 3) == 1:  # timm has those of colours only
+        mean, std = (fmean(mean),), (fmean(std),)
     return model, Preprocessing(
         img_size=(size, size) if isinstance(size, int) else tuple(size),
-        mean=tuple(wanted["mean"]),
-        std=tuple(wanted["std"]),
+        mean=mean,
+        std=std,
         crop_pct=wanted["crop_pct"],
         interpolation=wanted["interpolation"],
     )
