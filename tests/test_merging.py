@@ -33,29 +33,29 @@ def merging(model: SReT) -> SReT:
 def test_each_slice_loses_the_same_number_and_the_rest_keeps_its_order(num_groups):
     keys, order = torch.randn(3, 28, 4), torch.randperm(28)
     merge = find_merge(keys, num_groups, 2, order)
-    K, images = 28 - 2 * num_groups, torch.arange(3)[:, None]
-    assert merge.kept.shape == (3, K)
-    assert (merge.kept.flatten().diff() > 0).all()
-    kept, gone = (rows - 28 * images for rows in (merge.kept, merge.gone))
-    into = merge.into - K * images
-    longer = 28 % num_groups
-    ends = torch.tensor([28 // num_groups + (g < longer) for g in range(num_groups)]).cumsum(0)
-    slice_of = torch.empty(28, dtype=torch.int64)
-    slice_of[order] = torch.bucketize(torch.arange(28), ends, right=True)
+    K = 28 - 2 * num_groups
+    assert (merge.source.shape, merge.num_tokens) == ((3, 28), K)
+    lengths = [28 // num_groups + (g < 28 % num_groups) for g in range(num_groups)]
+    slice_of, place_of = torch.empty(28, dtype=torch.int64), torch.empty(28, dtype=torch.int64)
+    slice_of[order] = torch.arange(num_groups).repeat_interleave(torch.tensor(lengths))
+    place_of[order] = torch.cat([torch.arange(length) for length in lengths])
     for image in range(3):
-        assert slice_of[gone[image]].bincount().tolist() == [2] * num_groups
-        partners = kept[image][into[image]]
-        assert torch.equal(slice_of[gone[image]], slice_of[partners])
-        assert sorted([*kept[image].tolist(), *gone[image].tolist()]) == list(range(28))
+        rows = merge.source[image] - K * image
+        assert rows.unique().tolist() == list(range(K))
+        for g, length in enumerate(lengths):
+            assert len(rows[slice_of == g].unique()) == length - 2
+        held = [(rows == row).nonzero().flatten() for row in range(K)]
+        # Of tokens that became one, only one is of set B, the odd places of a slice; the others were merged into it.
+        kept = [tokens[0] if len(tokens) == 1 else tokens[place_of[tokens] % 2 == 1] for tokens in held]
+        assert torch.stack([token.squeeze() for token in kept]).diff().min() > 0
 
 
 def test_the_most_similar_pairs_are_merged():
     keys = torch.eye(8, dtype=torch.float64)[None].clone()
     keys[0, 4] = 3 * keys[0, 1]  # parallel
     keys[0, 2] = keys[0, 7] + 0.1 * keys[0, 0]
-    merge = find_merge(keys, 1, 2)
-    pairs = zip(merge.gone[0].tolist(), merge.kept[0, merge.into[0]].tolist(), strict=True)
-    assert set(pairs) == {(4, 1), (2, 7)}
+    # Of 0..7 remain 0, 1, 3, 5, 6, 7, in this order.
+    assert find_merge(keys, 1, 2).source.tolist() == [[0, 1, 5, 2, 1, 3, 4, 5]]
 
 
 def test_a_merged_token_is_the_mean_of_its_tokens_and_goes_back_to_their_positions():

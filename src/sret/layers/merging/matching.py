@@ -8,14 +8,14 @@ The r tokens of A that are most similar to their partner are merged into it; x i
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv:2210.09461.
 Deviations: matching stays inside slices, with the same r in each, so that slices stay equal. The tokens that remain
 keep their order, because slices are cut from the raster order. There is no class token to protect.
-Letters: B batch, N tokens, K tokens that remain, R = N - K, G slices, M tokens in a slice, C channels.
+Letters: B batch, N tokens, K tokens that remain, G slices, M tokens in a slice, C channels.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from sret.errors import InputError
 from sret.kernels.slices import slice_lengths
@@ -23,29 +23,27 @@ from sret.kernels.slices import slice_lengths
 
 @dataclass(frozen=True)
 class Merge:
-    """Which tokens of a batch become one; every image has its own choice.
-
-    Tokens are named by rows, of (B, N, C) -> (B N, C) before the merge and of (B K, C) after it: rows are selected and
-    added faster than along another axis.
+    """Which tokens of a batch become one; every image has its own choice. Those that remain keep their order.
 
     Attributes:
-        kept: (B, K) int64, rows before the merge of the tokens that remain, ascending.
-        gone: (B, R) int64, rows before the merge of the tokens that are merged into others.
-        into: (B, R) int64, rows after the merge of the tokens that they are merged into.
-        source: (B, N) int64, for each token, the row after the merge that holds it.
+        source: (B, N) int64, for each token the row of (B K, C) that holds it: rows are selected and added faster than
+            along another axis.
+        num_tokens: K.
     """
 
-    kept: Tensor
-    gone: Tensor
-    into: Tensor
     source: Tensor
+    num_tokens: int
 
-    def apply(self, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, C) and sizes (B, N, 1) -> (B, K, C) and (B, K, 1): means weighted by the sizes, and their sums."""
-        rows = torch.cat((x * sizes, sizes), 2).flatten(0, 1)  # sizes are float32 or float64
-        kept, gone = (rows.index_select(0, places.flatten()) for places in (self.kept, self.gone))
-        sums = kept.index_add_(0, self.into.flatten(), gone)
-        means, sizes = sums.view(*self.kept.shape, x.shape[2] + 1).split([x.shape[2], 1], 2)
+    def apply(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, N, C) and sizes (B, N, 1) -> (B, K, C) and (B, K, 1): means weighted by the sizes, and their sums.
+
+        Sizes are float32 or float64; None for ones.
+        """
+        (B, _, C), K = x.shape, self.num_tokens
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = pad(x.to(dtype), (0, 1), value=1) if sizes is None else torch.cat((x * sizes, sizes), 2)
+        sums = rows.new_zeros(B * K, C + 1).index_add_(0, self.source.flatten(), rows.flatten(0, 1))
+        means, sizes = sums.view(B, K, C + 1).split([C, 1], 2)
         return (means / sizes).to(x.dtype), sizes
 
     def undo(self, x: Tensor) -> Tensor:
@@ -69,37 +67,33 @@ def find_merge(keys: Tensor, num_groups: int, r: int, order: Tensor | None = Non
     if not 1 <= r <= cuts[-1][1] // 2:
         raise InputError(f"{r} of {cuts[-1][1]} tokens of a slice cannot be merged; use 1 to {cuts[-1][1] // 2}")
     with torch.no_grad():
-        pairs: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
         start = 0
         for slices, length in cuts:
-            part = keys[:, start : start + slices * length].unflatten(1, (slices, length))
-            first = torch.arange(start, start + slices * length, length, device=device)  # token of each slice
-            pairs.append((match(part, r) + first[:, None]).flatten(2))
-            start += slices * length
-        positions = pairs[0] if len(pairs) == 1 else torch.cat(pairs, 2)  # (2, B, R)
+            end = start + slices * length
+            found.append(match(keys[:, start:end].unflatten(1, (slices, length)), r, start))
+            start = end
+        gone, partners = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         if order is not None:
-            positions = order[positions]
+            gone, partners = order[gone], order[partners]
         images = torch.arange(0, B * N, N, device=device)[:, None]
-        gone, partners = (positions + images).unbind()
-        is_kept = torch.ones(B * N, dtype=torch.bool, device=device).index_fill_(0, gone.flatten(), False)
-        index = is_kept.cumsum(0) - 1  # of a kept token among the kept ones
-        into, K = index.index_select(0, partners.flatten()), N - positions.shape[2]
-        num_kept = B * K
-        # All tokens that are not kept write to one more place, which is cut off.
-        place = torch.where(is_kept, index, num_kept)
-        kept = torch.empty(num_kept + 1, dtype=torch.int64, device=device)
-        kept = kept.scatter_(0, place, torch.arange(B * N, device=device))[:num_kept]
-        source = index.index_copy_(0, gone.flatten(), into)
-        return Merge(kept.view(B, K), gone, into.view(gone.shape), source.view(B, N))
+        gone, partners = (gone + images).flatten(), (partners + images).flatten()
+        is_kept = torch.ones(B * N, dtype=torch.int64, device=device).index_fill_(0, gone, 0)
+        rows = is_kept.cumsum(0).sub_(1)  # of a token that is kept, after the merge
+        rows.index_copy_(0, gone, rows.index_select(0, partners))
+        return Merge(rows.view(B, N), N - r * num_groups)
 
 
-def match(keys: Tensor, r: int) -> Tensor:
-    """(B, G, M, D) -> (2, B, G, r): positions in each slice of the tokens to merge, and of their partners."""
+def match(keys: Tensor, r: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """(B, G, M, D) -> (B, G r) twice: the tokens to merge, and their partners; the first of all tokens is `start`."""
     keys = normalize(keys, dim=-1)
     a, b = keys[:, :, ::2], keys[:, :, 1::2]
     scores, partners = (a @ b.transpose(-2, -1)).max(dim=-1)  # (B, G, ceil(M/2))
     chosen = scores.topk(r, dim=-1).indices
-    return torch.stack((2 * chosen, 2 * partners.gather(-1, chosen) + 1))
+    G, M = keys.shape[1:3]
+    first = torch.arange(start, start + G * M, M, device=keys.device)[:, None]
+    gone = first.add(chosen, alpha=2)
+    return gone.flatten(1), (first + 1).add(partners.gather(-1, chosen), alpha=2).flatten(1)
 
 
 def select(x: Tensor, rows: Tensor) -> Tensor:

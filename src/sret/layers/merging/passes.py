@@ -42,10 +42,7 @@ class MergedTokens:
 
     def merged(self, merge: Merge) -> "MergedTokens":
         """These tokens, some of them merged."""
-        sizes = self.sizes
-        if sizes is None:
-            sizes = self.x.new_ones(*self.x.shape[:2], 1, dtype=torch.promote_types(self.x.dtype, torch.float32))
-        x, sizes = merge.apply(self.x, sizes)
+        x, sizes = merge.apply(self.x, self.sizes)
         source = merge.source
         if self.source is not None:
             source = source.flatten().index_select(0, self.source.flatten()).view(self.source.shape)
@@ -97,7 +94,7 @@ def merging_pass(
 def attention_residual(
     residual: AttentionResidual, tokens: MergedTokens, num_groups: int, permutation: Permutation | None
 ) -> tuple[Tensor, Tensor]:
-    """The attention half of a block, (B, K, C), and the keys, mean of the heads, (B, K, D) in the order of slices."""
+    """The attention half of a block, (B, K, C), and the keys, sum of the heads, (B, K, D) in the order of slices."""
     attn, x, sizes = residual.branch, tokens.x, tokens.sizes
     is_plain = residual.has_plain_layers()
     y = x if permutation is None else permutation.apply(x)
@@ -111,7 +108,8 @@ def attention_residual(
     if not is_plain and factor is not None:
         y = factor * y
     y, alpha = cast(Tensor, residual.drop_path(y)), residual.stream_factor()
-    keys = qkv.detach().chunk(3, dim=-1)[1].unflatten(-1, (attn.num_heads, -1)).mean(2)
+    C = x.shape[2]
+    keys = qkv.detach()[:, :, C : 2 * C].unflatten(2, (attn.num_heads, -1)).sum(2)
     return x + y if alpha is None else weighted_sum(x, alpha, y), keys
 
 
