@@ -27,7 +27,7 @@ from sret.bench.timing import alternate, quartiles
 from sret.checkpoints.card import Card, load_any
 from sret.data.loading import ImageDataset
 from sret.data.sources import load_data
-from sret.elastic import ExitPolicy, predict_with_exits
+from sret.elastic import EarlyExit, ExitPolicy
 from sret.models.timm.config import TimmConfig
 from sret.training.loop import train
 from sret.version import device_name, versions
@@ -90,6 +90,9 @@ def of_seed(seed: int, folder: Path, options: argparse.Namespace) -> dict[str, d
         ways |= ways_of_one_file(model) if name == "one file" and isinstance(model, SReT) else {name: fused(model)}
     images, labels = test_images(folder, loaded["one file"][1])
     rows: dict[str, dict[str, Any]] = {name: {"top1": accuracy(p, images, labels)} for name, p in ways.items()}
+    for name, predict in ways.items():
+        if isinstance(predict, EarlyExit):
+            rows[name] |= {"exits": predict.counts.tolist(), "macs": predict.share_of_macs()}
     for batch_size in options.batch_sizes:
         chosen = images[:: len(images) // (8 * batch_size)] if batch_size < 100 else images
         batches = chosen[: max(16, 2 * batch_size)].split(batch_size)
@@ -120,12 +123,8 @@ def ways_of_one_file(model: SReT) -> dict[str, Predict]:
             if k == PASSES:
                 for threshold in THRESHOLDS:
                     policy = ExitPolicy(criterion="confidence", threshold=threshold)
-                    ways[f"exit at {threshold}{suffix}"] = partial(leaving, net, policy)
+                    ways[f"exit at {threshold}{suffix}"] = EarlyExit(net, policy)
     return ways
-
-
-def leaving(model: SReT, policy: ExitPolicy, images: Tensor) -> Tensor:
-    return predict_with_exits(model, images, policy)[0]
 
 
 def test_images(folder: Path, card: Card) -> tuple[Tensor, Tensor]:
