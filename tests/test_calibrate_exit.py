@@ -15,13 +15,14 @@ from sret.bench import exits as exits_bench
 from sret.bench.exits import Speed, Timed, fastest, time_exits, to_time
 from sret.checkpoints.adapt import with_passes
 from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.checkpoints.files import stored_checksum
 from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.elastic import ExitPolicy, batches, predict_with_exits
 from sret.elastic.calibrate import Outcome, acceptable, outcomes, scores_of
 from sret.errors import InputError, InputWarning
 from sret.export.exits import exit_policy
-from sret.inference.exits import digest_of, store_policy
+from sret.inference.exits import store_policy
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_the_fastest_threshold_loses_little_and_is_faster_than_the_model_in_a_ba
     assert fastest(Speed(100, 395), rows, 0.31).outcome.threshold == 0.7
     for whole in (Speed(201, 400), Speed(100, 601)):
         assert fastest(whole, rows, 1).outcome.threshold == 1
-    noisy = [replace(rows[0], speed=Speed(300, 700)), *rows[1:]]  # than which no threshold is faster, if it counted
+    noisy = [replace(rows[0], speed=Speed(300, 700)), *rows[1:]]  # threshold 1, measured too fast; not to be chosen
     assert fastest(Speed(100, 400), noisy, 0.31).outcome.threshold == 0.5
 
 
@@ -175,7 +176,7 @@ def test_a_threshold_is_not_stored_for_weights_that_were_replaced(trained: Path,
     save_weights(path, {key: value + 1 for key, value in model.state_dict().items()}, card)
     replaced = path.read_bytes()
     with pytest.raises(InputError, match="was replaced meanwhile"):
-        store_policy(path, ExitPolicy(threshold=0.5), digest_of(trained))
+        store_policy(path, ExitPolicy(threshold=0.5), stored_checksum(trained))
     assert path.read_bytes() == replaced
 
 

@@ -118,6 +118,15 @@ def test_exits_after_added_passes_are_left_out():
     assert found.exit_policy == card.exit_policy
 
 
+@pytest.mark.parametrize("passes", [5.0, [5.0, 1], [None, 1], [5, 0], True, "3"])
+def test_a_card_with_passes_that_are_no_numbers_is_refused(passes):
+    card = Card(config=CONFIG, preprocessing=Preprocessing(img_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3))
+    with pytest.raises(InputError, match="give a whole number >= 1, or one for each stage"):
+        with_passes(make_model(), card, passes)
+    with pytest.raises(InputError, match="makes 40,002 layers"):
+        with_passes(make_model(), card, [20_000, 1])
+
+
 @pytest.mark.usefixtures("quick_report")
 def test_a_run_resumes_before_its_first_step_with_all_passes(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Setup, "passes_of", lambda _, step: 1 if step < 2 else None)
@@ -176,7 +185,7 @@ def test_weights_that_cannot_be_drawn_are_refused():
         (1,): "give 2 numbers",
         (1, 0): "> 0 for the last",
         (-1, 1): "use numbers >= 0",
-        (1e308, 1e308): "use numbers >= 0",
+        (1e308, 1e308): "of finite sum",
         (float("nan"), 1): "use numbers >= 0",
     }.items():
         with pytest.raises(InputError, match=message):
@@ -204,6 +213,9 @@ def test_commands_run_the_first_passes(tmp_path: Path, capsys):
         assert main(["eval", "--checkpoint", str(path), "--data", "digits", "--passes", passes, "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert len(set(losses)) == 3
+    for wrong in ("passes=[2,,1]", "passes=two", "passes=[]"):
+        assert main(["bench", f"{path}:{wrong}"]) == 2
+        assert "write passes=2, or a number for each stage" in capsys.readouterr().err
     assert main(["export", str(path), str(tmp_path / "one.onnx"), "--passes", "1"]) == 0
     assert main(["bench", f"{path}:passes=2", f"{path}:passes=[1,2]", "--json", "--rounds", "1"]) == 0
     capsys.readouterr()
@@ -215,7 +227,7 @@ def test_commands_run_the_first_passes(tmp_path: Path, capsys):
     assert main(["eval", "--checkpoint", str(tmp_path / "one.onnx"), "--data", "digits", "--passes", "1"]) == 2
     assert "whose passes are fixed" in capsys.readouterr().err
     assert main(["eval", "--checkpoint", str(path), "--data", "digits", "--passes", "99999"]) == 2
-    assert "passes is 99999; use at most " in capsys.readouterr().err
+    assert "passes is 99999, which makes " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_report")

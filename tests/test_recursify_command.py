@@ -241,6 +241,14 @@ def test_a_run_of_no_epochs_is_not_replaced_by_another(trained, tmp_path, capsys
 
 
 @pytest.mark.usefixtures("no_figure")
+def test_a_run_that_fails_in_its_first_epoch_can_begin_again_with_other_settings(trained, tmp_path, capsys):
+    arguments = ["recursify", *trained, *COMMAND, "--epochs", "1", "--out", str(tmp_path / "x")]
+    assert cli.main([*arguments, "--learning_rate", "2e9"]) == 2
+    assert "use a smaller --learning_rate" in capsys.readouterr().err
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_figure")
 def test_a_weights_file_is_taken_with_its_preprocessing(tmp_path, capsys, caplog):
     config = TimmConfig.from_dict({"timm": NAME, "args": ARGS_ONLY, "img_size": 8, "in_chans": 1, "num_classes": 10})
     how = Preprocessing(img_size=(8, 8), mean=(0.25,), std=(0.5,), crop_pct=1.0)

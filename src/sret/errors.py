@@ -48,6 +48,11 @@ def plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}s"
 
 
+def numbers_to(count: int) -> str:
+    """The numbers from 1, as in "1, 2" or "1, 2, ... 6"."""
+    return ", ".join(map(str, range(1, count + 1))) if count < 4 else f"1, 2, ... {count}"
+
+
 def first_few(phrases: Sequence[str], limit: int = 5) -> str:
     """The first phrases, and how many more there are."""
     more = f" and {len(phrases) - limit} more" if len(phrases) > limit else ""

@@ -164,12 +164,16 @@ def make_subject(
     return subject
 
 
-def _without_passes(name: str) -> tuple[str, Any]:
+def _without_passes(name: str) -> tuple[str, int | list[int] | None]:
     """The name of a model without its option `passes=k` or `passes=[k,l,...]`, and the value; None without it."""
-    match = re.search(r"(?<=[:,])passes=(\d+|\[[\d,]*\])(?:,|$)", name)
-    if match is None:
+    if (given := re.search(r"(?<=[:,])passes=", name)) is None:
         return name, None
-    return (name[: match.start()] + name[match.end() :]).rstrip(":,"), read_yaml(match[1])
+    match = re.match(r"passes=(\d+|\[\d+(?:, *\d+)*\])(?:,|$)", name[given.start() :])
+    if match is None:
+        raise InputError(f"{name}: write passes=2, or a number for each stage, passes=[2,2,1]")
+    numbers = [int(digits) for digits in re.findall(r"\d+", match[1])]
+    rest = name[: given.start()] + name[given.start() + match.end() :]
+    return rest.rstrip(":,"), numbers if match[1].startswith("[") else numbers[0]
 
 
 def _from_timm(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:

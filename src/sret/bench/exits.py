@@ -147,7 +147,7 @@ def draw(path: Path, title: str, whole: Speed, timed: Sequence[Timed], stored: T
         panel.plot(getattr(whole, name), top1, "D", color="white", mec="black", ms=9, label="whole model, no exits")
         at = getattr(stored.speed, name)
         threshold = stored.outcome.threshold
-        text = "stored: no exits" if threshold == 1 else f"stored: above {threshold:g}"
+        text = "stored: 1, no image leaves early" if threshold == 1 else f"stored: above {threshold:g}"
         panel.plot(at, stored.outcome.top1, "*", color="tab:orange", mec="black", ms=16, label=text)
         panel.set(title=label, xlabel="images/s")
         panel.grid(alpha=0.3)

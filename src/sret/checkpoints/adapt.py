@@ -28,6 +28,7 @@ from sret.errors import InputError, InputWarning, error_prefix, plural
 from sret.models.config import MAX_DEPTH, ModelConfig
 from sret.models.sret import SReT
 from sret.models.stage_config import StageConfig
+from sret.ranges import is_whole
 
 _KEY = re.compile(r"stages\.(\d+)\.recursions\.\d+\.(?:block\.attn|block\.mlp|projections\.(\d+))\.(.*)")
 _COEFFICIENTS = ("alpha", "beta")
@@ -100,10 +101,14 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
     with error_prefix("passes"):
         model, ours = as_sret(model), card.sret_config
     most = model.config.passes_by_stage(None)
+    numbers = tuple(passes) if isinstance(passes, Sequence) else (passes,) * len(most)
+    if not all(is_whole(number) and number >= 1 for number in numbers):
+        raise InputError(f"passes is {passes!r}; give a whole number >= 1, or one for each stage")
+    wanted = tuple(map(int, numbers))
     if isinstance(passes, Sequence):
-        has_them, wanted = len(passes) != len(most) or all(map(le, passes, most)), tuple(passes)
+        has_them = len(wanted) != len(most) or all(map(le, wanted, most))
     else:
-        has_them, wanted = passes <= max(most), (passes,) * len(most)
+        has_them = wanted[0] <= max(most)
     if has_them:  # or none can have them, as the error says
         model.set_passes(passes)
         if model.passes != most and not card.training.get("recipe", {}).get("pass_weights"):
@@ -115,11 +120,18 @@ def with_passes(model: nn.Module, card: Card, passes: int | Sequence[int] | None
             )
         config, policy = ours.first_passes(passes), card.exit_policy
         if policy is not None and not policy.fits(config.num_exits + 1):
+            text = f"the {policy.criterion} policy for early exit does not fit these passes and is left out"
+            warnings.warn(f"{text}; a threshold is then one of confidence", InputWarning, stacklevel=2)
             policy = None
         return model, replace(card, config=config, exit_policy=policy)
     card.check_unfused("the file")
-    if max(wanted) > (limit := MAX_DEPTH // sum(stage.num_blocks for stage in ours.stages)):
-        raise InputError(f"passes is {_shown(wanted)}; use at most {limit:,}: a model has up to {MAX_DEPTH:,} layers")
+    depth = sum(stage.num_blocks * number for stage, number in zip(ours.stages, wanted, strict=True))
+    if depth > MAX_DEPTH:
+        limit = MAX_DEPTH // sum(stage.num_blocks for stage in ours.stages)
+        raise InputError(
+            f"passes is {_shown(wanted)}, which makes {depth:,} layers; a model has up to {MAX_DEPTH:,}, as with "
+            f"{limit:,} passes in every stage"
+        )
     stages = tuple(stage.with_passes(n) for stage, n in zip(ours.stages, wanted, strict=True))
     config, also = replace(ours, stages=stages), ""
     if ours.exits == "passes":  # the classifiers after added passes would be untrained

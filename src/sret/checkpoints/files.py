@@ -93,6 +93,11 @@ def _refusal(path: str | os.PathLike[str]) -> str:
     )
 
 
+def stored_checksum(path: str | os.PathLike[str]) -> str | None:
+    """The checksum in the metadata of a safetensors file, None without one. Raises as `read_safetensors`."""
+    return read_safetensors(path)[1].get(CHECKSUM_KEY)
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[StateDict, dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 

@@ -63,7 +63,7 @@ def advance(
         return None, waiting.numbers, logits
     probabilities = logits.float().softmax(1)
     leaves = policy.leaves(probabilities, waiting.probabilities, k)
-    leaves_list = leaves.tolist()  # one transfer; for one image its operations are what an exit costs
+    leaves_list = leaves.tolist()  # one transfer; for one image, small operations are most of what an exit costs
     if all(leaves_list):
         return None, waiting.numbers, logits
     after = Waiting(x, waiting.numbers, probabilities)

@@ -12,7 +12,7 @@ training, on labelled images, so that the weights and logits of the model stay a
 Source of the idea: a policy learned for each exit of a trained network, Bolukbasi, Wang, Dekel, Saligrama, "Adaptive
 Neural Networks for Efficient Inference", ICML 2017, arXiv:1702.07811. Deviation: there the targets weigh cost against
 loss; here a threshold does, so that one fit serves every accepted loss.
-Letters: E exits, N images, C classes.
+Letters: E exits, N images, K classes.
 """
 
 import math
@@ -32,14 +32,14 @@ TINY = 1e-30  # 0 log 0 is 0
 
 
 def overlap(probabilities: Tensor, before: Tensor | None) -> Tensor:
-    """1 minus the total variation distance of (N, C) probabilities: (N,) in 0..1; 0 if there is no exit before."""
+    """1 minus the total variation distance of (N, K) probabilities: (N,) in 0..1; 0 if there is no exit before."""
     if before is None:
         return torch.zeros_like(probabilities[:, 0])
     return probabilities.minimum(before).sum(1).clamp(max=1)
 
 
 def learned_score(probabilities: Tensor, before: Tensor | None, coefficients: Sequence[float]) -> Tensor:
-    """(N, C) probabilities at an exit, and at the exit before, None at the first -> (N,) scores in 0..1."""
+    """(N, K) probabilities at an exit, and at the exit before, None at the first -> (N,) scores in 0..1."""
     constant, *weights = coefficients
     total = torch.full_like(probabilities[:, 0], constant)
     for weight, feature in zip(weights, _features(probabilities, before), strict=True):
@@ -55,7 +55,7 @@ def _features(probabilities: Tensor, before: Tensor | None) -> list[Tensor]:
 
 
 def fit(logits: Tensor, labels: Tensor) -> Coefficients:
-    """Fits the coefficients of all exits but the last: (E, N, C) logits, the deepest last, and (N,) int64 labels."""
+    """Fits the coefficients of all exits but the last: (E, N, K) logits, the deepest last, and (N,) int64 labels."""
     probabilities, predicted = logits.float().softmax(2), logits.argmax(2)
     found = []
     for k in range(len(logits) - 1):
@@ -89,5 +89,6 @@ def check_coefficients(coefficients: Coefficients) -> None:
     for k, row in enumerate(coefficients):
         if len(row) != NUM_COEFFICIENTS or not all(abs(value) < 1e6 for value in row):  # nan is not
             raise InputError(
-                f"coefficients of exit {k + 1} are {list(row)}; they must be {NUM_COEFFICIENTS} finite numbers"
+                f"coefficients of exit {k + 1} are {list(row)}; they must be {NUM_COEFFICIENTS} numbers between -1e6 "
+                "and 1e6"
             )

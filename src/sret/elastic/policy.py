@@ -86,8 +86,3 @@ class ExitPolicy:
     def leaves(self, probabilities: Tensor, before: Tensor | None, exit_index: int) -> Tensor:
         """Which images leave at an exit: (B,) bool. Arguments as in `score`."""
         return self.score(probabilities, before, exit_index) > self.threshold
-
-
-def exit_numbers(count: int) -> str:
-    """The numbers of so many exits, as in "1, 2, ... 6"."""
-    return ", ".join(map(str, range(1, count + 1))) if count < 4 else f"1, 2, ... {count}"

@@ -89,9 +89,10 @@ class Server:
         """Runs one part on one batch, and returns the results of the images that left.
 
         Without a full batch nothing runs, unless `is_final`: then the shallowest part with images runs, because its
-        images can join those that wait further on. If an error stops a step, its images wait again.
+        images can join those that wait further on. If an error stops a step, its images stay in the queue.
 
-        Raises `InputError` if the model's passes or its mode were changed while images wait.
+        Raises `InputError` for a model in training mode, and for passes that the policy does not fit, or that were set
+        while images wait.
         """
         self._check_model()
         lengths = [self._length(k) for k in range(len(self.parts))]
@@ -121,7 +122,7 @@ class Server:
             yield from self.step(is_final=True)
 
     def _check_model(self) -> None:
-        """Begins again after the model's passes were set. Raises `InputError` if it cannot predict the next batch."""
+        """Begins again after the model's passes were set. Raises `InputError` if the model cannot go on."""
         check_evaluates(self.model)
         if self.model.passes != self._passes:
             if self.pending:

@@ -82,8 +82,8 @@ def exit_policy(
         return replace(stored, threshold=threshold) if stored else ExitPolicy(threshold=threshold)
     if stored is None and not runs_all:
         raise InputError(
-            f"{source} has no threshold for early exit that fits fewer passes; run all passes, or give a number from 0 "
-            "to 1"
+            f"{source} has no threshold for early exit that fits these passes; choose one with `sret calibrate-exit` "
+            "and run all passes, or give a number from 0 to 1"
         )
     if stored is None:
         raise InputError(
@@ -101,5 +101,8 @@ def with_exits(model: nn.Module, source: object) -> SReT:
     if isinstance(model, Exported):
         raise InputError(f"{source} is an exported file, which keeps its exits; export the weights again with --exit")
     if not isinstance(model, SReT) or not len(model.exits):
-        raise InputError(f"{source} has no exits; train a model that has some, such as with --model.exits passes")
+        raise InputError(
+            f"{source} has no exits; train a model that has some, such as with --model.exits passes, and give no more "
+            "passes than it was trained with"
+        )
     return model

@@ -25,8 +25,7 @@ from sret.checkpoints.resolve import resolve
 from sret.data.loading import Unreadable
 from sret.data.sources import load_data
 from sret.elastic import EarlyExit, ExitPolicy
-from sret.elastic.policy import exit_numbers
-from sret.errors import InputError
+from sret.errors import InputError, numbers_to
 from sret.export.exits import exit_policy, with_exits
 from sret.export.onnx import to_onnx, write_onnx
 from sret.export.openvino import write_openvino
@@ -79,8 +78,7 @@ class Export:
         ]
         if self.exits:
             lines.append(
-                f"early exit: images that left at exit {exit_numbers(len(self.exits))}: "
-                f"{' '.join(map(str, self.exits))}"
+                f"early exit: images that left at exit {numbers_to(len(self.exits))}: {' '.join(map(str, self.exits))}"
             )
         if found.top1 is not None:
             before, after = found.top1

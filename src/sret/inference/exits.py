@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sret.checkpoints.card import Card, load_weights, save_weights
+from sret.checkpoints.card import METADATA_KEY, Card, read_card, save_weights
 from sret.checkpoints.files import CHECKSUM_KEY, read_safetensors
 from sret.data.loading import ImageDataset
 from sret.elastic import EarlyExit, ExitPolicy
@@ -20,6 +20,8 @@ from sret.export.runtime import Exported
 from sret.inference.evaluate import evaluate_on
 from sret.models.cost import model_cost
 from sret.models.sret import SReT
+
+NUM_SAMPLES = 32  # images to measure times with
 
 
 def with_exit(model: nn.Module, card: Card, source: object, threshold: float | Literal["auto"] | None) -> nn.Module:
@@ -73,7 +75,6 @@ def calibrate(
     criterion: Criterion,
     batch_size: int = 64,
     num_workers: int = 0,
-    num_samples: int = 32,
 ) -> Calibration:
     """Evaluates all thresholds on the validation images of a data set, by default that of the training.
 
@@ -87,23 +88,17 @@ def calibrate(
     costs = model_cost(model.config.first_passes(model.passes)).exit_macs
     found = outcomes(scores, logits.argmax(2) == labels, costs)
     images = ImageDataset(evaluation.samples, card.preprocessing)
-    sample = card.preprocessing.normalize(torch.stack([images[i][0] for i in representative(scores, num_samples)]))
+    sample = card.preprocessing.normalize(torch.stack([images[i][0] for i in representative(scores, NUM_SAMPLES)]))
     device = next(model.parameters()).device
     return Calibration(policy, found, f"{evaluation.data.name}, val: {len(labels):,} images", sample.to(device))
 
 
-def digest_of(path: Path) -> str | None:
-    """The digest that a weights file has of its weights and its card."""
-    return read_safetensors(path)[1].get(CHECKSUM_KEY)
-
-
-def store_policy(path: Path, policy: ExitPolicy, digest: str | None) -> None:
+def store_policy(path: Path, policy: ExitPolicy, checksum: str | None) -> None:
     """Writes a policy into the card of a weights file; the weights stay. The file is replaced when all is written.
 
-    Raises `InputError` if the file no longer has this digest: the policy is for the weights that it had.
+    Raises `InputError` if the file no longer has this checksum: the policy is for the weights that it had.
     """
-    card = load_weights(path)[1]
     weights, metadata = read_safetensors(path)
-    if metadata.get(CHECKSUM_KEY) != digest:
+    if metadata.get(CHECKSUM_KEY) != checksum:
         raise InputError(f"{path} was replaced meanwhile, so the threshold was not stored; run the command again")
-    save_weights(path, weights, replace(card, exit_policy=policy))
+    save_weights(path, weights, replace(read_card(path, metadata[METADATA_KEY]), exit_policy=policy))

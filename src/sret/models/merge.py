@@ -11,6 +11,7 @@ from typing import Any
 from sret.errors import InputError
 from sret.models.config import ModelConfig
 from sret.models.sret import SReT
+from sret.ranges import is_whole
 
 
 def merge_tokens(model: SReT, r: int | Sequence[int | Sequence[int]]) -> SReT:
@@ -35,7 +36,7 @@ def merge_tokens(model: SReT, r: int | Sequence[int | Sequence[int]]) -> SReT:
 def merging_config(config: ModelConfig, r: int | Sequence[int | Sequence[int]]) -> ModelConfig:
     """The configuration with other `merge` fields; `r` and errors as in `merge_tokens`."""
     stages = config.stages
-    if isinstance(r, int) and not isinstance(r, bool):
+    if is_whole(r):
         entries: list[int | Sequence[int]] = [r] * len(stages)
     elif isinstance(r, list | tuple) and len(r) == len(stages):
         entries = list(r)
@@ -48,7 +49,7 @@ def merging_config(config: ModelConfig, r: int | Sequence[int | Sequence[int]]) 
     try:
         return _with_merges(config, merges)
     except InputError as error:
-        if not isinstance(r, int) or r < 1 or config.reversible or config.memory != "none" or config.exits != "none":
+        if not is_whole(r) or r < 1 or config.reversible or config.memory != "none" or config.exits == "passes":
             raise
         most = _largest(config, r)
         raise InputError(f"{error}. In all passes at most {most} would work, or give an entry for each stage") from None
@@ -60,7 +61,7 @@ def _with_merges(config: ModelConfig, merges: Sequence[tuple[int, ...]]) -> Mode
 
 
 def _largest(config: ModelConfig, below: int) -> int:
-    """The largest number below one that does not work which every pass can merge."""
+    """The largest r that every pass can merge; `below` is one that does not work."""
     works, fails = 0, below
     while fails - works > 1:
         middle = (works + fails) // 2

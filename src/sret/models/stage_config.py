@@ -8,7 +8,7 @@ from itertools import chain
 
 from sret.errors import InputError
 from sret.kernels.slices import merged_lengths, slice_lengths
-from sret.ranges import Channels, NonNegativeFloat, PositiveInt, check_fields
+from sret.ranges import Channels, NonNegativeFloat, PositiveInt, check_fields, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,14 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.groups, list | tuple):
             raise InputError(f"groups is {self.groups!r}; give the slices of each pass, such as (8, 2) for two passes")
-        object.__setattr__(self, "groups", tuple(self.groups))
         for num_groups in {repr(number): number for number in self.groups}.values():  # thousands are equal
-            if not isinstance(num_groups, int) or isinstance(num_groups, bool) or num_groups < 1:
+            if not is_whole(num_groups) or num_groups < 1:
                 raise InputError(f"groups {self.groups}: {num_groups!r} slices in a pass; use whole numbers >= 1")
-        if not isinstance(self.merge, list | tuple) or not all(type(r) is int and r >= 0 for r in self.merge):
+        object.__setattr__(self, "groups", tuple(map(int, self.groups)))
+        if not isinstance(self.merge, list | tuple) or not all(is_whole(r) and r >= 0 for r in self.merge):
             raise InputError(f"merge is {self.merge!r}; give whole numbers >= 0, one for each layer, such as (16, 8)")
-        last = max((i for i, r in enumerate(self.merge, 1) if r), default=0)
-        object.__setattr__(self, "merge", tuple(self.merge[:last]))  # so that equal models have equal configurations
+        last = max((i for i, r in enumerate(self.merge, 1) if r), default=0)  # equal models have equal configurations
+        object.__setattr__(self, "merge", tuple(map(int, self.merge[:last])))
         check_fields(self)
         if self.embed_dim % self.num_heads:
             raise InputError(

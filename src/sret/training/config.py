@@ -172,7 +172,7 @@ class TrainConfig:
         if len(weights) != passes:
             raise InputError(f"pass_weights is {weights}; give {passes} numbers, for steps with 1 to {passes} passes")
         if not all(weight >= 0 for weight in weights) or not math.isfinite(sum(weights)) or not weights[-1]:
-            raise InputError(f"pass_weights is {weights}; use numbers >= 0, and > 0 for the last, all passes")
+            raise InputError(f"pass_weights is {weights}; use numbers >= 0 of finite sum, and > 0 for the last")
 
     @property
     def is_mixing(self) -> bool:

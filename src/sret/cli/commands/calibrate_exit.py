@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from sret.cli.commands import NUM_WORKERS
-from sret.errors import InputError
+from sret.errors import InputError, numbers_to
 from sret.ranges import NonNegativeFloat, PositiveInt, Workers
 
 if TYPE_CHECKING:
@@ -40,16 +40,17 @@ def run(arguments: Namespace) -> int:
     import torch
 
     from sret.bench.exits import check_figure_path, draw, fastest, time_exits, to_time
+    from sret.checkpoints.files import stored_checksum
     from sret.export.exits import with_exits
     from sret.export.runtime import load_model
-    from sret.inference.exits import calibrate, digest_of, store_policy
+    from sret.inference.exits import calibrate, store_policy
 
     path, figure, max_drop = arguments.checkpoint, arguments.figure, arguments.max_drop
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: the threshold is stored in a weights file of sret, NAME.safetensors; give one")
     if figure is not None:
         check_figure_path(figure)
-    digest = digest_of(path)
+    checksum = stored_checksum(path)
     loaded, card = load_model(path)
     model = with_exits(loaded, path)
     if torch.accelerator.is_available():
@@ -60,19 +61,22 @@ def run(arguments: Namespace) -> int:
     whole, timed = time_exits(model, measured.policy, to_time(measured.found, max_drop), images)
     stored = fastest(whole, timed, max_drop)
     policy = replace(measured.policy, threshold=stored.outcome.threshold)
-    if not arguments.json:
-        print_table(measured.data, whole, timed, stored, len(images))
-    store_policy(path, policy, digest)
-    if figure is not None:
-        draw(figure, f"{path.stem}, {measured.data}: {policy.criterion}", whole, timed, stored, len(images))
     if arguments.json:
         rows = [{**vars(row.outcome), "images_per_second": vars(row.speed)} for row in timed]
         about = {"checkpoint": str(path), "data": measured.data, "batch": len(images), **asdict(policy)}
         print(json.dumps({**about, "whole_images_per_second": vars(whole), "rows": rows}))
+    else:
+        print_table(measured.data, whole, timed, stored, len(images))
+    store_policy(path, policy, checksum)
+    if figure is not None:
+        draw(figure, f"{path.stem}, {measured.data}: {policy.criterion}", whole, timed, stored, len(images))
+    if arguments.json:
         return 0
     if policy.threshold == 1:
         print(f"No threshold that loses at most {max_drop} points is faster than the whole model")
-    print(f"Stored in {path}: {policy}; use it with --exit auto")
+        print(f"Stored in {path}: {policy}")
+    else:
+        print(f"Stored in {path}: {policy}; use it with --exit auto")
     if figure is not None:
         print(f"Figure in {figure}")
     return 0
@@ -80,11 +84,9 @@ def run(arguments: Namespace) -> int:
 
 def print_table(data: str, whole: "Speed", timed: "list[Timed]", stored: "Timed", batch_size: int) -> None:
     """Prints a row for each threshold."""
-    from sret.elastic.policy import exit_numbers
-
     exits = len(stored.outcome.counts)
     print(f"{data}; images/s one at a time, and in a batch of {batch_size}")
-    where = f"images that leave at exit {exit_numbers(exits)}"
+    where = f"images that leave at exit {numbers_to(exits)}"
     print(f"threshold   top-1 %   MACs   images/s: 1      {batch_size:3}   {where}")
     for row in timed:
         outcome, counts = row.outcome, " ".join(map(str, row.outcome.counts))

@@ -75,10 +75,11 @@ def run(arguments: Namespace) -> int:
     columns: dict[str, type] = {"image": str, "prediction": str}
     for k in range(top_k):
         columns |= {f"class_{k + 1}": str, f"confidence_{k + 1}": float}
-    if isinstance(model, EarlyExit):
+    has_exit = isinstance(model, EarlyExit)
+    if has_exit:
         columns["exit"] = int
     columns["error"] = str
-    rows = (_row(p, top_k, arguments.min_confidence, has_exit="exit" in columns) for p in shown)
+    rows = (_row(p, top_k, arguments.min_confidence, has_exit) for p in shown)
     write_table(arguments.out, columns, rows)
     seconds = time.monotonic() - started
     done = f"{len(paths):,} images in {seconds:.1f} s ({len(paths) / seconds:,.1f} images/s)"
@@ -141,9 +142,9 @@ def _print(prediction: "Prediction", min_confidence: float, as_json: bool) -> No
         return
     image, named = printable(prediction.path), _predicted_name(prediction, min_confidence)
     if as_json:
-        left_at = {} if prediction.exit is None else {"exit": prediction.exit}
-        print(json.dumps({"image": image, "prediction": named, "classes": dict(prediction.classes), **left_at}))
+        exit_field = {} if prediction.exit is None else {"exit": prediction.exit}
+        print(json.dumps({"image": image, "prediction": named, "classes": dict(prediction.classes), **exit_field}))
     else:
         classes = "   ".join(f"{name} {100 * probability:5.1f} %" for name, probability in prediction.classes)
-        left = "" if prediction.exit is None else f"   (exit {prediction.exit})"
-        print(f"{image}:   {f'{UNSURE}   ' if named == UNSURE else ''}{classes}{left}")
+        exit_text = "" if prediction.exit is None else f"   (exit {prediction.exit})"
+        print(f"{image}:   {f'{UNSURE}   ' if named == UNSURE else ''}{classes}{exit_text}")

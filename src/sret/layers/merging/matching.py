@@ -1,4 +1,4 @@
-"""Bipartite soft matching inside slices: which tokens are merged, the merged tokens, and the inverse.
+"""Bipartite soft matching inside slices: which tokens are merged, and the merged tokens.
 
 The tokens of a slice alternate between sets A and B. Every token of A has one partner, the most similar token of B.
 The r tokens of A that are most similar to their partner are merged into it; x is the mean weighted by the sizes s:
@@ -45,10 +45,6 @@ class Merge:
         sums = rows.new_zeros(B * K, C + 1).index_add_(0, self.source.flatten(), rows.flatten(0, 1))
         means, sizes = sums.view(B, K, C + 1).split([C, 1], 2)
         return (means / sizes).to(x.dtype), sizes
-
-    def undo(self, x: Tensor) -> Tensor:
-        """(B, K, C) -> (B, N, C): each token gets the value of the token that holds it."""
-        return select(x, self.source)
 
 
 def find_merge(keys: Tensor, num_groups: int, r: int, order: Tensor | None = None) -> Merge:

@@ -64,7 +64,7 @@ def distill(
     num_workers: int,
     report: Callable[[dict[str, float]], None],
 ) -> list[dict[str, float]]:
-    """Trains `pair.shared` in place; saves the state in `out` before and after each epoch, or continues from it.
+    """Trains `pair.shared` in place; saves the state in `out` after each epoch, and continues from it.
 
     Args:
         key: plain values that describe the run; a state with other values is refused.
@@ -78,9 +78,9 @@ def distill(
     device = next(pair.shared.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(pair.shared, settings), settings.learning_rate)
     rows = restore(pair.shared, optimizer, out, key)
-    if not rows:
-        save(pair.shared, optimizer, out, key, rows)  # also of a run of no epochs: it says whose results are in `out`
     if len(rows) >= settings.epochs:
+        if not rows:  # no epochs: the settings protect the results in `out` from another run
+            save(pair.shared, optimizer, out, key, rows)
         return rows
     batches = batches_of(settings, pair.preprocessing, len(samples))
     dataset = TrainDataset(samples, pair.preprocessing, settings.augmentation, settings.seed)
