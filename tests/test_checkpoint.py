@@ -127,6 +127,15 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_replaced_file_keeps_its_links_and_permissions(tmp_path):
+    (tmp_path / "file").touch(mode=0o600)
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_state_comes_back(tmp_path):
     state = {"step": 3, "tensors": {"a": torch.arange(3)}, "best": None}
     save_state(tmp_path / "state.pt", state)

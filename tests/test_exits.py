@@ -1,6 +1,8 @@
 """Early exit: the model is unchanged, exits are parts of it, and images in batches leave as they would alone."""
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +131,19 @@ def test_a_server_follows_the_passes_of_its_model():
         server.step()
     model.eval()
     assert sorted(result.number for result in server.predict([])) == list(range(12, 24))
+
+
+def test_a_copy_of_a_server_has_its_own_model():
+    server = Server(lively(SReT(exit_config())), ExitPolicy(threshold=1), batch_size=4)
+    server.submit(IMAGES[:5])
+    for again in (copy.deepcopy(server), pickle.loads(pickle.dumps(server))):
+        with torch.no_grad():
+            again.model.head.weight.zero_()
+        found = list(again.predict([]))
+        assert [result.number for result in found] == list(range(5))
+        assert all(torch.equal(result.logits, server.model.head.bias) for result in found)
+    expected = server.model(IMAGES[:5])
+    torch.testing.assert_close(torch.stack([result.logits for result in server.predict([])]), expected)
 
 
 def test_a_server_keeps_the_images_of_a_step_that_fails(monkeypatch: pytest.MonkeyPatch):

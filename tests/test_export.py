@@ -349,6 +349,20 @@ def test_openvino_that_cannot_write_is_one_line(exports, tmp_path, monkeypatch, 
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize(("suffix", "written"), [(".onnx", "m.onnx"), (".xml", "m.xml"), (".xml", "m.bin")])
+def test_a_file_that_was_written_meanwhile_is_kept(suffix, written, exports, tmp_path, monkeypatch, sret):  # noqa: F811
+    def load(path: Path) -> tuple[Exported, Card]:
+        (tmp_path / written).write_text("mine")
+        return load_exported(path)
+
+    monkeypatch.setattr(exporting, "load_exported", load)
+    code, _, err = sret("export", exports[".safetensors"], tmp_path / f"m{suffix}")
+    assert code == 2
+    assert f"{written} was written by another process meanwhile; choose another name" in one_line(err)
+    assert listing(tmp_path) == [written]
+    assert (tmp_path / written).read_text() == "mine"
+
+
 def test_nothing_is_written_over(exports, tmp_path, sret):  # noqa: F811
     for suffix, existing in ((".onnx", "m.onnx"), (".xml", "m.xml"), (".xml", "m.bin")):
         (tmp_path / existing).write_text("mine")

@@ -136,7 +136,7 @@ def test_a_plain_export_has_no_policy(weights: Path, tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("plain", ("--exit", "0.5"), "has no exits; train a model"),
+        ("plain", ("--exit", "0.5"), "has no exits; give no more passes"),
         ("new", ("--exit", "auto"), "calibrate-exit"),
         ("w", ("--exit", "1.5"), "a number >= 0 and <= 1"),
         ("w", ("--exit", "0.5", "--dtype", "int8", "--data", "digits"), "int8 cannot be used with early exit"),

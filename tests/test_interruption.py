@@ -28,6 +28,7 @@ from sret import InputError
 from sret.checkpoints.state import load_state
 from sret.cli.main import main
 from sret.data.loading import TrainDataset
+from sret.files import replacing
 from sret.signals import StopRequest
 from sret.training import loop
 from sret.training.config import RuntimeConfig, TrainConfig
@@ -392,3 +393,24 @@ def test_a_killed_run_is_resumed_at_once_although_its_loading_processes_end_late
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie: its number is in use
         train(RECIPE, out, resume="auto")
     assert_same(out, whole)
+
+
+def test_sigterm_ends_a_command_and_removes_its_temporary_files(tmp_path: Path, monkeypatch):
+    def run(_: object) -> int:
+        with replacing(tmp_path / "a"):
+            (tmp_path / "b").touch()
+            if os.fork() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)  # a process that loads images removes nothing
+                time.sleep(60)
+            assert os.waitstatus_to_exitcode(os.wait()[1]) == 128 + signal.SIGTERM
+            (tmp_path / "b").rename(tmp_path / "c")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return 0
+
+    monkeypatch.setattr("sret.cli.commands.info.run", run)
+    with pytest.raises(SystemExit) as caught:
+        main(["info"])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -216,6 +216,8 @@ def test_commands_run_the_first_passes(tmp_path: Path, capsys):
     for wrong in ("passes=[2,,1]", "passes=two", "passes=[]"):
         assert main(["bench", f"{path}:{wrong}"]) == 2
         assert "write passes=2, or a number for each stage" in capsys.readouterr().err
+    assert main(["bench", f"{path}:exit=auto"]) == 2
+    assert "the only option of a file is passes" in capsys.readouterr().err
     assert main(["export", str(path), str(tmp_path / "one.onnx"), "--passes", "1"]) == 0
     assert main(["bench", f"{path}:passes=2", f"{path}:passes=[1,2]", "--json", "--rounds", "1"]) == 0
     capsys.readouterr()

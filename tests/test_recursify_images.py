@@ -46,7 +46,7 @@ def test_images_that_the_model_does_not_take_are_one_line():
     for call in (recursify, lambda model, images, **options: recursify_distance(model, model, images)):
         with pytest.raises(InputError, match=message):
             call(model, torch.zeros(2, 3, 40, 40), passes=2)
-        with pytest.raises(InputError, match="images are str; give a float tensor"):
+        with pytest.raises(InputError, match=r"images are str; give a float tensor .* options by name"):
             call(model, "photo.jpg", passes=2)
     with pytest.raises(InputError, match=r"does not take images \(1, 3, 40, 40\) in float32 on meta"):
         recursify_cost(model, (3, 40, 40), passes=2)
@@ -140,3 +140,15 @@ def test_a_vector_needs_clear_channels():
         recursify(Branches(), scale="vector")
     with pytest.raises(InputError, match=r"channels of \(2, 8, 8, 8\) are not clear"):
         recursify(FAMILIES["ConvNeXt"](), scale="vector")(IMAGES)
+
+
+def test_sequences_are_the_images_of_an_encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) / 10
+    shared = recursify(model, x, passes=2, share="similar", init="closest")
+    assert recursify_distance(shared, model, x).output > 0
+    with pytest.raises(InputError, match=r"give a float tensor \(B, N, C\)"):
+        recursify(model, IMAGES, passes=2)

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"  # suffix of files that are being written
@@ -14,14 +15,18 @@ TEMPORARY = ".tmp"  # suffix of files that are being written
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; afterwards it is renamed to `path`, or removed after an error.
 
-    At every moment `path` is either the complete old file or the complete new one.
+    At every moment `path` is either the complete old file or the complete new one. A link keeps leading to the same
+    file, and a file keeps its permissions.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")  # no other process writes to it
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

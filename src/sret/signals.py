@@ -1,8 +1,10 @@
-"""Handles SIGINT and SIGTERM: the loop stops after the current step and saves."""
+"""Handles SIGINT and SIGTERM: a loop stops after the current step and saves; other commands remove temporary files."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -44,6 +46,30 @@ class StopRequest:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Within this context SIGTERM raises SystemExit(143), so that temporary files are removed, as after Ctrl-C.
+
+    A process that was forked meanwhile ends at once: what is temporary belongs to its parent. Has no effect outside the
+    main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def raise_signal(number: signal.Signals) -> None:

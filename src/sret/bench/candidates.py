@@ -143,6 +143,8 @@ def make_subject(
         model = source if isinstance(source, nn.Module) else source()
     else:
         source, passes = _without_passes(source)
+        if Path(source.partition(":")[0]).is_file() and ":" in source:
+            raise InputError(f"{name}: the only option of a file is passes, as in FILE:passes=2")
         if Path(source).suffix in (".safetensors", *EXPORTED) or Path(source).is_file():
             model = load_model(source, passes)[0]
         else:

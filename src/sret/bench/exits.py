@@ -10,6 +10,7 @@ depends on the images that go on together, so each threshold runs on a batch of 
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,6 +127,9 @@ def check_figure_path(path: Path) -> None:
 
     if path.suffix.lower() != ".png" or path.is_dir():
         raise InputError(f"{path}: the name of the figure ends in .png; give such a file name")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{path}: {parent} is not a folder that can be written to; give another name")
 
 
 def draw(path: Path, title: str, whole: Speed, timed: Sequence[Timed], stored: Timed, batch_size: int) -> None:

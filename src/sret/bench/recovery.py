@@ -18,8 +18,6 @@ from sret.bench.timing import alternate, quartiles
 from sret.files import format_bytes, replacing, write_atomically
 from sret.models.build import count_macs
 
-MEMBERS = ("original", "before", "after")  # of training; the last two are the shared model
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -99,16 +97,17 @@ def peak_bytes(model: nn.Module, image: torch.Tensor) -> int:
 
 
 def to_table(costs: Mapping[str, Costs], quality: Mapping[str, Quality]) -> Table:
-    """The original beside the shared model, before and after training."""
-    table = Table("", *(name if name == "original" else f"shared, {name}" for name in MEMBERS), box=None)
-    each = [costs["original"], costs["shared"], costs["shared"]]
+    """The original beside the shared model, before and after training; `quality` as in `write_report`."""
+    table = Table("", *(name if name == "original" else f"shared, {name}" for name in quality), box=None)
+    each = [costs["original" if name == "original" else "shared"] for name in quality]
     table.add_row("parameters", *(f"{cost.parameters:,}" for cost in each))
     table.add_row("weights", *(format_bytes(cost.weight_bytes) for cost in each))
     table.add_row("peak memory (1 image)", *(format_bytes(cost.peak_bytes) for cost in each))
     table.add_row("MACs, millions", *(f"{cost.macs / 1e6:,.1f}" for cost in each))
     table.add_row("latency, ms (1 image)", *(f"{cost.latency_ms:.2f}" for cost in each))
-    table.add_row("top-1, %", *(f"{quality[name].top1:.2f}" for name in MEMBERS))
-    table.add_row("agreement, %", *(f"{quality[name].agreement:.2f}" for name in MEMBERS))
+    table.add_row("its quartiles, ms", *("{:.2f} to {:.2f}".format(*cost.latency_quartiles_ms) for cost in each))
+    table.add_row("top-1, %", *(f"{one.top1:.2f}" for one in quality.values()))
+    table.add_row("agreement, %", *(f"{one.agreement:.2f}" for one in quality.values()))
     return table
 
 
@@ -124,7 +123,7 @@ def write_report(
     Args:
         about: what was measured: model, data, number of images, device, versions.
         costs: of "original" and "shared".
-        quality: of `MEMBERS`.
+        quality: of "original", and of the shared model "before" and, if it was trained, "after".
         rows: metrics of each epoch.
     """
     values = {
@@ -146,37 +145,37 @@ def _draw(
 ) -> None:
     from matplotlib import pyplot as plt
 
-    figure, (sizes, bars, curves) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = 3 if rows else 2
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 4), layout="constrained")
+    sizes, bars, *others = axes
     figure.suptitle(title)
     original, shared = costs["original"], costs["shared"]
     pairs = {
-        f"parameters\n{original.parameters / 1e6:.2f} M": shared.parameters / original.parameters,
-        f"memory\n{format_bytes(original.peak_bytes)}": shared.peak_bytes / original.peak_bytes,
-        f"MACs\n{original.macs / 1e6:,.1f} M": shared.macs / original.macs,
-        f"latency\n{original.latency_ms:.2f} ms": shared.latency_ms / original.latency_ms,
+        f"parameters\n(of {original.parameters / 1e6:.2f} M)": shared.parameters / original.parameters,
+        f"memory\n(of {format_bytes(original.peak_bytes)})": shared.peak_bytes / original.peak_bytes,
+        f"MACs\n(of {original.macs / 1e6:,.1f} M)": shared.macs / original.macs,
+        f"latency\n(of {original.latency_ms:.2f} ms)": shared.latency_ms / original.latency_ms,
     }
     drawn = sizes.bar(list(pairs), [100 * value for value in pairs.values()], color="tab:blue")
     sizes.bar_label(drawn, fmt="%.0f %%", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0}, padding=2)
     sizes.axhline(100, color="grey", linestyle=":", zorder=0)
     sizes.set_ylim(0, 115 * max(1, *pairs.values()))
-    sizes.set(ylabel="% of the original", title="Costs of the shared model (original below)")
-    places = range(len(MEMBERS))
+    sizes.set(ylabel="% of the original", title="Costs of the shared model")
+    places = range(len(quality))
     for shift, name, color in ((-0.2, "top1", "tab:orange"), (0.2, "agreement", "tab:green")):
-        values = [getattr(quality[member], name) for member in MEMBERS]
+        values = [getattr(one, name) for one in quality.values()]
         drawn = bars.bar([place + shift for place in places], values, 0.4, color=color)
         drawn.set_label("top-1" if name == "top1" else name)
         bars.bar_label(drawn, fmt="%.1f")
-    bars.set_xticks(list(places), ["original", "shared, before", "shared, after"])
+    bars.set_xticks(list(places), ["original", "shared, before", "shared, after"][: len(quality)])
     bars.set(ylabel="%", ylim=(0, 130), title="Test images")
     bars.legend(loc="upper center", ncols=2)
-    for name in ("predictions", "features"):
-        curves.plot([row["epoch"] for row in rows], [row[name] for row in rows], marker="o", label=name)
-    curves.set(xlabel="epoch", ylabel="training loss", title="Distillation")
-    curves.xaxis.get_major_locator().set_params(integer=True)
-    if rows:
+    for curves in others:
+        for name in ("predictions", "features"):
+            curves.plot([row["epoch"] for row in rows], [row[name] for row in rows], marker="o", label=name)
+        curves.set(xlabel="epoch", ylabel="training loss", title="Distillation")
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.legend()
-    else:  # nothing was trained
-        curves.set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)

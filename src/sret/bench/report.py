@@ -24,7 +24,7 @@ COLUMNS = {  # of the table: header and format
 }
 LEGEND = """\
 ms per image: median of the rounds, in which all rows alternate. IQR: interquartile range / median.
-vs first row: time / time of the first row. vs first model: the same within an engine and data type.
+vs first row: median over the rounds of time / time of the first row. vs first model: within an engine and data type.
 GMACs: 1e9 multiply-adds of a forward pass (training counts as 3). % of peak: of the fastest matrix product's GFLOP/s.
 diff: largest difference of the output (in training of the loss) from eager float32 / largest value."""
 

@@ -22,7 +22,7 @@ from sret.elastic.policy import ExitPolicy
 from sret.errors import InputError, error_prefix, first_few
 from sret.files import write_atomically
 from sret.models.build import build_to_load, everywhere
-from sret.models.config import ModelConfig
+from sret.models.config import ModelConfig, known_fields
 from sret.models.fuse import fuse
 from sret.models.sret import SReT
 from sret.models.timm.cfg import timm_cfg
@@ -133,8 +133,16 @@ class Card:
             class_names=tuple(names),
             training=training,
             is_fused=values["is_fused"] is True,
-            exit_policy=ExitPolicy(**values["exit_policy"]) if "exit_policy" in values else None,
+            exit_policy=_policy_of(values),
         )
+
+
+def _policy_of(values: dict[str, Any]) -> ExitPolicy | None:
+    if "exit_policy" not in values:
+        return None
+    if not isinstance(values["exit_policy"], dict):
+        raise InputError(f"exit_policy is {values['exit_policy']!r}")
+    return ExitPolicy(**known_fields(ExitPolicy, values["exit_policy"]))
 
 
 def save_weights(path: str | os.PathLike[str], state_dict: dict[str, Tensor], card: Card) -> None:

@@ -15,6 +15,8 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
 
 from sret.cli.messages import normalize_options, shorten_error
 from sret.errors import (
@@ -26,6 +28,7 @@ from sret.errors import (
     is_out_of_memory,
     printable,
 )
+from sret.signals import exit_on_sigterm
 from sret.version import __version__
 
 # Each is a module of sret.cli.commands, imported only when the command runs.
@@ -60,10 +63,10 @@ atexit.register(gc.freeze)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0: success; 1: `predict` or `features` could not read some images; 2: wrong input; 130: Ctrl-C. After
-    SIGTERM, `train` exits with 143.
+    0: success; 1: `predict` or `features` could not read some images; 2: wrong input; 130: Ctrl-C. After SIGTERM the
+    process exits with 143.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), exit_on_sigterm():
         warnings.simplefilter("always", InputWarning)
         warnings.showwarning = _show_warning
         return _main(sys.argv[1:] if argv is None else argv)
@@ -110,7 +113,13 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _resume_hint(argv: Sequence[str]) -> str:
-    return "; --resume auto continues from the last saved state" if argv[:1] in (["train"], ["recursify"]) else ""
+    """How to continue a run of `train` or `recursify`; empty if it has saved nothing yet."""
+    if argv[:1] not in (["train"], ["recursify"]):
+        return ""
+    given = [part.removeprefix("--out=") for part in argv if part.startswith("--out=")]
+    given += [value for option, value in pairwise(argv) if option == "--out"]
+    saved = any(Path(folder, "state.pt").exists() for folder in given)
+    return "; --resume auto continues from the last saved state" if saved else "; nothing was saved yet"
 
 
 def _help() -> str:

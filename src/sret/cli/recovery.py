@@ -67,8 +67,8 @@ def recover(options: Mapping[str, Any], sharing: Sharing, settings: Recovery, ac
     before = measured["before"]
     console.print(
         f"{data.name}: {len(data.split('train')):,} images to train, {len(test):,} to test; top-1 "
-        f"{measured['original'].top1:.2f} %, with shared blocks "
-        f"{before.top1:.2f} % (agreement {before.agreement:.2f} %)"
+        f"{measured['original'].top1:.2f} %, of the new model {before.top1:.2f} % before training (agreement "
+        f"{before.agreement:.2f} %)"
     )
 
     def report(row: Mapping[str, float]) -> None:
@@ -78,8 +78,9 @@ def recover(options: Mapping[str, Any], sharing: Sharing, settings: Recovery, ac
         )
 
     rows = distill(pair, data.split("train"), settings, out, key, options["num_workers"], report)
-    measured["after"] = quality(shared)
-    warn_if_worse(before, measured["after"])
+    if rows:
+        measured["after"] = quality(shared)
+        warn_if_worse(before, measured["after"])
     costs = measure(original, shared, images[:1].to(accelerator.device), options["rounds"])
     about = {
         "title": f"{name}, {data.name}, {len(test):,} test images",

@@ -80,7 +80,7 @@ def predict_with_exits(model: SReT, x: Tensor, policy: ExitPolicy) -> tuple[Tens
         x: normalised images (B, in_chans, H, W).
 
     Returns logits (B, K), and the number of the exit of each image, (B,) int64 from 0. With threshold 1 the logits are
-    bitwise those of `model(x)`.
+    bitwise those of `model(x)`, computed without gradients.
     Raises `InputError` for a model without exits, for one in training mode, for a policy of another model, and for
     images of another shape than the model takes.
     """
@@ -111,6 +111,8 @@ def check_evaluates(model: SReT) -> None:
 
 def checked_parts(model: SReT, x: Tensor, policy: ExitPolicy) -> list[Part]:
     """The parts of a model in evaluation mode. Raises `InputError` as `predict_with_exits` does."""
+    if not isinstance(model, SReT):
+        raise InputError(f"only models of sret have exits, not {type(model).__name__}")
     check_evaluates(model)
     check_images(x, model.config)
     parts = exit_parts(model, x.shape[2:])

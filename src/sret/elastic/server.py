@@ -10,6 +10,7 @@ Source of the idea: continuous depth batching of recursive language models, arXi
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,13 @@ class Server:
         while self.pending:
             yield from self.step(is_final=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "parts"}  # these are bound to the model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
+
     def _check_model(self) -> None:
         """Begins again after the model's passes were set. Raises `InputError` if the model cannot go on."""
         check_evaluates(self.model)
@@ -133,10 +141,13 @@ class Server:
             self._begin()
 
     def _begin(self) -> None:
+        self._bind()
+        self.waiting: list[list[Waiting]] = [[] for _ in self.parts]
+
+    def _bind(self) -> None:
         none = torch.empty(0, self.model.in_chans, *self.model.config.input_size)
         self.parts = checked_parts(self.model, none, self.policy)
         self._passes = self.model.passes
-        self.waiting: list[list[Waiting]] = [[] for _ in self.parts]
 
     def _length(self, k: int) -> int:
         return sum(len(waiting.numbers) for waiting in self.waiting[k])

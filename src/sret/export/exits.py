@@ -101,8 +101,9 @@ def with_exits(model: nn.Module, source: object) -> SReT:
     if isinstance(model, Exported):
         raise InputError(f"{source} is an exported file, which keeps its exits; export the weights again with --exit")
     if not isinstance(model, SReT) or not len(model.exits):
+        run = f", run with {model.passes} passes," if isinstance(model, SReT) else ""
         raise InputError(
-            f"{source} has no exits; train a model that has some, such as with --model.exits passes, and give no more "
-            "passes than it was trained with"
+            f"{source}{run} has no exits; give no more passes than it was trained with, or train a model with exits, "
+            "such as with --model.exits passes"
         )
     return model

@@ -7,6 +7,7 @@ those of the model.
 import copy
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from sret.export.verify import (
     random_batches,
     random_subset,
 )
-from sret.files import format_bytes
+from sret.files import TEMPORARY, format_bytes
 from sret.models.sret import SReT
 from sret.ranges import NonNegativeInt, PositiveInt, check_number
 from sret.version import __version__
@@ -194,8 +195,7 @@ def _images(
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which is deleted afterwards, also after an error."""
-    folder = out.with_name(f".{out.name}.tmp")  # one name, so that the next export deletes what a killed one left
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}{TEMPORARY}")  # no other process writes to it
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -215,17 +215,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Renames the temporary files to their names: all of them, or none."""
-    published: list[Path] = []
+    """Renames the temporary files to their names: all of them, or none.
+
+    Raises `InputError` if a file of such a name was written meanwhile, which stays.
+    """
+    claimed: list[Path] = []
     try:
         for path in _files(out):
             with (folder / path.name).open("rb") as file:
                 os.fsync(file.fileno())
+            path.touch(exist_ok=False)
+            claimed.append(path)
+        for path in claimed:
             (folder / path.name).replace(path)
-            published.append(path)
-    except OSError:
-        for path in published:
-            path.unlink()
+    except BaseException as error:
+        for own in claimed:
+            own.unlink()
+        if isinstance(error, FileExistsError):
+            raise InputError(f"{path} was written by another process meanwhile; choose another name") from error
         raise
 
 

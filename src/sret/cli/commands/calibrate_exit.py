@@ -67,9 +67,9 @@ def run(arguments: Namespace) -> int:
         print(json.dumps({**about, "whole_images_per_second": vars(whole), "rows": rows}))
     else:
         print_table(measured.data, whole, timed, stored, len(images))
-    store_policy(path, policy, checksum)
     if figure is not None:
         draw(figure, f"{path.stem}, {measured.data}: {policy.criterion}", whole, timed, stored, len(images))
+    store_policy(path, policy, checksum)
     if arguments.json:
         return 0
     if policy.threshold == 1:

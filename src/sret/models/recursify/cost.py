@@ -8,6 +8,7 @@ The original is run once without data (on the meta device), which counts convolu
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from sret.errors import InputError
 from sret.kernels.slices import slice_lengths
 from sret.models.recursify.order import evaluating, running, tensors
-from sret.models.recursify.passes import scale_size, stream_width
+from sret.models.recursify.passes import check_stream, scale_size, stream_width
 from sret.models.recursify.plan import Plan, make_plan
 from sret.models.recursify.sharing import matrix_shape
 from sret.models.recursify.slicing import check_sliceable
@@ -58,9 +59,8 @@ def recursify_cost(model: nn.Module, input_size: tuple[int, int, int], **options
         input_size: channels, height and width of an image, in pixels.
         options: those of `recursify`.
 
-    Raises `InputError` where `recursify` does, for an image of a size that the model does not take, for slices that
-    the tokens cannot form, and for share="similar" with
-    rank, whose groups depend on images.
+    Raises `InputError` where `recursify` and the model that it returns do, for an image of a size that the model does
+    not take, for slices that the tokens cannot form, and for share="similar" with rank, whose groups depend on images.
     """
     sharing = sharing_of(options)
     if sharing.share == "similar" and not sharing.group_sizes:
@@ -112,10 +112,10 @@ def _tied(block: nn.Module, rank: int) -> int:
 
 @dataclass
 class _Block:
-    """What one block does for an image: MACs, the numbers of its output, and H, N and 2 D of each attention."""
+    """What one block does for an image: MACs, the shape of its output, and H, N and 2 D of each attention."""
 
     macs: int = 0
-    output: int = 0
+    output: tuple[int, ...] = ()
     attention: list[tuple[int, int, int]] = field(default_factory=list)
 
 
@@ -126,7 +126,8 @@ def _added(block: nn.Module, counted: _Block, sharing: Sharing) -> tuple[int, in
     if not sharing.projection:
         return parameters, 0
     width = stream_width(block)
-    return parameters + runs * (2 * width**2 + 4 * width + 2), runs * counted.output * 2 * width
+    check_stream(counted.output, width)
+    return parameters + runs * (2 * width**2 + 4 * width + 2), runs * math.prod(counted.output) * 2 * width
 
 
 def _saved(model: nn.Module, counted: "_Counted", sharing: Sharing, plan: Plan) -> Iterator[int]:
@@ -189,7 +190,7 @@ def _measure(model: nn.Module, input_size: Sequence[int], names: Sequence[str]) 
     def end(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             counted.running.remove(name)
-            counted.blocks[name].output = tensors(output)[0].numel()
+            counted.blocks[name].output = tuple(tensors(output)[0].shape)
 
         return hook
 

@@ -64,11 +64,15 @@ def running(model: nn.Module, images: Tensor) -> Iterator[None]:
         ) from error
 
 
-def check_images(images: Tensor) -> None:
-    """Raises `InputError` unless these are images in a batch."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not len(images):
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"images are {found}; give a float tensor (B, C, H, W), prepared as for the model")
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Raises `InputError` unless these are images in a batch; an `nn.TransformerEncoder` takes sequences in a batch."""
+    shape, ndim = ("(B, N, C)", 3) if isinstance(model, nn.TransformerEncoder) else ("(B, C, H, W)", 4)
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+        raise InputError(f"images are {found}; give a float tensor {shape}, and options by name, such as passes=2")
+    if images.ndim != ndim or not images.is_floating_point() or not len(images):
+        found = f"{tuple(images.shape)} {images.dtype}"
+        raise InputError(f"images are {found}; give a float tensor {shape}, prepared as for the model")
 
 
 def check_order(model: nn.Module, runs: Sequence[Run], images: Tensor) -> None:

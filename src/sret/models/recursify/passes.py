@@ -107,8 +107,7 @@ class StreamProjection(NonLinearProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., C) -> (B, ..., C)."""
-        if x.shape[-1] != self.dim or x.ndim < 3:
-            raise InputError(f"a projection takes a stream with {self.dim} channels last, not {tuple(x.shape)}")
+        check_stream(x.shape, self.dim)
         return super().forward(x.flatten(1, -2)).view(x.shape)
 
 
@@ -131,7 +130,10 @@ def _for_channels(scale: Tensor, x: Tensor) -> Tensor:
         return scale
     if is_first and not is_last:
         return scale[:, None, None]
-    raise InputError(f'the channels of {tuple(x.shape)} are not clear, with a vector of {size}; use scale="scalar"')
+    raise InputError(
+        f"the channels of {tuple(x.shape)} are not clear, with a vector of {size}; use images of another size, or "
+        'scale="scalar"'
+    )
 
 
 def stream_width(block: nn.Module) -> int:
@@ -140,6 +142,14 @@ def stream_width(block: nn.Module) -> int:
     if not norms or isinstance(block, nn.Sequential):
         raise InputError(f"a {type(block).__name__} cannot have projections: it has no LayerNorm, or is a sequence")
     return norms[0].normalized_shape[-1]
+
+
+def check_stream(shape: tuple[int, ...], width: int) -> None:
+    """Raises `InputError` unless a block's output of this shape can have projections of this width."""
+    if len(shape) < 3 or shape[-1] != width:
+        raise InputError(
+            f"a projection takes a stream with {width} channels last, not {tuple(shape)}; leave projection out"
+        )
 
 
 def _projections(block: nn.Module, count: int) -> nn.ModuleList:

@@ -24,7 +24,7 @@ def make_plan(model: nn.Module, sharing: Sharing, images: Tensor | None = None) 
         raise InputError(f"recursify takes a module, not {type(model).__name__}")
     runs = _chosen_runs(model, sharing.parts)
     if images is not None:
-        check_images(images)
+        check_images(model, images)
         check_order(model, runs, images)
     _check_depth(runs, sharing)
     if sharing.passes > 1:

@@ -32,7 +32,7 @@ def groups_of(num_units: int, passes: int, share: Share) -> list[list[int]]:
     if shared < passes or shared % passes:
         possible = [n for n in range(2, shared + 1) if shared % n == 0]
         advice = f"passes can be {' or '.join(map(str, possible))}" if possible else "only passes=1 is possible"
-        which = f"the {shared} between the first and the last" if own else str(shared)
+        which = f"the {max(0, shared)} between the first and the last" if own else str(shared)
         raise ValueError(f"passes={passes} does not divide {which}; {advice}")
     blocks = shared // passes
     if share == "cycle":

@@ -145,7 +145,7 @@ def recursify_distance(model: nn.Module, original: nn.Module, images: Tensor) ->
 
     Raises `InputError` if the model was not made of the original, or does not take the images.
     """
-    check_images(images)
+    check_images(original, images)
     names = [name for run in find_runs(original) for name in run.names]
     try:
         found, output = record(model, names, images)

@@ -41,7 +41,9 @@ def check_sliceable(block: nn.Module) -> list[nn.Module]:
     """The attention modules of a block. Raises `InputError` if it has none that can be sliced."""
     found = [module for module in block.modules() if hasattr(module, "fused_attn")]
     if not found or hasattr(block, "window_size"):  # attention in windows
-        raise InputError(f"the attention of a {type(block).__name__} cannot be sliced: it has none between all tokens")
+        raise InputError(
+            f"the attention of a {type(block).__name__} cannot be sliced: only timm's attention between all tokens can"
+        )
     for module in found:
         if hasattr(module, "slicing"):
             raise InputError(
