@@ -168,12 +168,13 @@ def _draw(
         drawn.set_label("top-1" if name == "top1" else name)
         bars.bar_label(drawn, fmt="%.1f")
     bars.set_xticks(list(places), ["original", "shared, before", "shared, after"][: len(quality)])
-    bars.set(ylabel="%", ylim=(0, 130), title="Test images")
+    bars.set(ylabel="%", ylim=(0, 130), yticks=range(0, 101, 20), title="Test images")
     bars.legend(loc="upper center", ncols=2)
     for curves in others:
         for name in ("predictions", "features"):
             curves.plot([row["epoch"] for row in rows], [row[name] for row in rows], marker="o", label=name)
         curves.set(xlabel="epoch", ylabel="training loss", title="Distillation")
+        curves.set_xlim(0.5, len(rows) + 0.5)
         curves.xaxis.get_major_locator().set_params(integer=True)
         curves.legend()
     with replacing(path) as temporary:
