@@ -59,6 +59,8 @@ def test_wrong_options_have_no_cost():
     for options, message in (({"slices": (17,)}, "16 token"), ({"passes": 3}, "passes can be 2 or 4")):
         with pytest.raises(InputError, match=message):
             recursify_cost(model, SIZE, **options)
+    with pytest.raises(InputError, match=r"give channels, height and width, such as \(3, 224, 224\)"):
+        recursify_cost(model, 224, passes=2)
     with pytest.raises(InputError, match=r"with 16 channels last, not \(1, 16, 4, 4\); leave projection out"):
         recursify_cost(FAMILIES["ConvNeXt"](), (3, 32, 32), projection=True)
     with pytest.raises(InputError, match="cannot be sliced"):

@@ -90,6 +90,8 @@ def test_the_distance_to_the_original():
     assert found.blocks["blocks.0"] == 0 < found.blocks["blocks.1"]
     with pytest.raises(InputError, match="does not have the blocks of the original"):
         recursify_distance(FAMILIES["Swin"](), model, IMAGES)
+    with pytest.raises(InputError, match=r"blocks.0 returns \(\d+, 16, \d+\), but in the original \("):
+        recursify_distance(FAMILIES["Mixer"](), model, IMAGES)
 
 
 def test_blocks_may_change_their_inputs():

@@ -182,7 +182,10 @@ def load_any(path: str | os.PathLike[str]) -> tuple[nn.Module, Card]:
     """
     state_dict, metadata = read_safetensors(path)
     if METADATA_KEY not in metadata:
-        raise InputError(f"{path}: a safetensors file without the metadata that `sret train` and `convert` write")
+        raise InputError(
+            f"{path}: a safetensors file without the metadata that `sret train` and `convert` write; load it into a "
+            "model with safetensors.torch.load_model"
+        )
     card = read_card(path, metadata[METADATA_KEY])
     with error_prefix(path):
         num_tensors, state_dict = len(state_dict), _checked(card, state_dict)

@@ -62,6 +62,8 @@ def recursify_cost(model: nn.Module, input_size: tuple[int, int, int], **options
     Raises `InputError` where `recursify` and the model that it returns do, for an image of a size that the model does
     not take, for slices that the tokens cannot form, and for share="similar" with rank, whose groups depend on images.
     """
+    if not isinstance(input_size, Sequence):
+        raise InputError(f"input_size is {input_size!r}; give channels, height and width, such as (3, 224, 224)")
     sharing = sharing_of(options)
     if sharing.share == "similar" and not sharing.group_sizes:
         if sharing.rank:

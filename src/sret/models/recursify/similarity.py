@@ -154,5 +154,9 @@ def recursify_distance(model: nn.Module, original: nn.Module, images: Tensor) ->
     expected, original_output = record(original, names, images)
     if output.shape != original_output.shape:
         raise InputError(f"outputs are {tuple(output.shape)}, but those of the original {tuple(original_output.shape)}")
+    for name in names:
+        if name in expected and found[name].output.shape != expected[name].output.shape:
+            shapes = tuple(found[name].output.shape), tuple(expected[name].output.shape)
+            raise InputError(f"{name} returns {shapes[0]}, but in the original {shapes[1]}")
     errors = {name: relative_error(found[name].output, expected[name].output) for name in names if name in expected}
     return Distance(relative_error(output, original_output), errors)

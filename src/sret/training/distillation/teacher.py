@@ -5,7 +5,6 @@
 Source: the authors' release, which trained the published distilled models; there is no factor T^2.
 """
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from torch.nn.functional import interpolate, one_hot
 from sret.checkpoints.files import refuse_code
 from sret.checkpoints.resolve import resolve
 from sret.data.preprocess import Preprocessing
-from sret.errors import InputError, did_you_mean
+from sret.errors import InputError, did_you_mean, first_line
 from sret.network import hub_cache_if_unreachable, hub_host, is_unreachable
 
 
@@ -144,7 +143,7 @@ def _from_timm(
     except InputError:
         raise
     except Exception as error:  # timm passes on errors of the hub, of the network and of checkpoints
-        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        reason = first_line(error)
         if is_unreachable(error):
             reason = f"no connection to {hub_host()}"
         hint = (
