@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,12 @@ from PIL import Image
 
 from sret import InputError
 from sret.data.config import Augmentation
-from sret.data.dataset import ImageData, Samples
+from sret.data.dataset import ImageData, Samples, warn_of_mirrors
 from sret.data.loading import UNREADABLE, ImageDataset, TrainDataset, Unreadable
 from sret.data.preprocess import Preprocessing
 from sret.data.sampler import SampleIndex
 from sret.data.sources import load_data
+from sret.errors import InputWarning
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "digits"
 GREY = Preprocessing(img_size=(16, 16), mean=(0.5,), std=(0.5,))
@@ -259,3 +261,13 @@ def test_channels_and_crop_are_read_off_the_images():
         of()
     with pytest.raises(InputError, match=r"label 1 .* 1 classes"):
         ImageData.of("x", {"all": Samples([grey], [1])}, ["a"])
+
+
+def test_mirror_images_of_characters_are_warned_of():
+    digits, pets = (ImageData("x", {}, names) for names in (("0", "1", "a"), ("cat", "7")))
+    with pytest.warns(InputWarning, match="the classes of x are characters, .*set flip of the augmentation to false"):
+        warn_of_mirrors(digits, Augmentation())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_mirrors(digits, Augmentation(flip=False))
+        warn_of_mirrors(pets, Augmentation())

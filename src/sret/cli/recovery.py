@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from sret.bench.recovery import Quality, measure, to_table, write_report
 from sret.checkpoints.card import METADATA_KEY, Card, load_any, save_weights
 from sret.checkpoints.files import checksum, read_safetensors
-from sret.data.dataset import ImageData, Samples
+from sret.data.dataset import ImageData, Samples, warn_of_mirrors
 from sret.data.loading import ImageDataset, Unreadable
 from sret.data.preprocess import Normalized, Preprocessing
 from sret.data.sources import load_data
@@ -61,6 +61,8 @@ def recover(options: Mapping[str, Any], sharing: Sharing, settings: Recovery, ac
     )
     pair, key = Pair(original, shared, preprocessing, blocks), run_key(card, original, init)
     check_state(out, key)
+    if settings.epochs:
+        warn_of_mirrors(data, settings.augmentation)
     test = data.split("test" if "test" in data.splits else "val")
     quality = comparison(original, test, preprocessing, settings.batch_size, options["num_workers"], accelerator)
     measured = {"original": quality(original), "before": quality(shared)}

@@ -12,6 +12,7 @@ import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import ConcatDataset, Subset
 
+from sret.data.config import Augmentation
 from sret.data.preprocess import ImageSource, Preprocessing, header
 from sret.errors import InputError, InputWarning, first_few, plural
 
@@ -182,3 +183,10 @@ class ImageData:
             held += indices[:count].tolist()
             rest += indices[count:].tolist()
         return samples.subset(sorted(rest)), samples.subset(sorted(held))
+
+
+def warn_of_mirrors(data: ImageData, augmentation: Augmentation) -> None:
+    """Warns if images of characters, whose mirror images are no longer theirs, are flipped in training."""
+    if augmentation.flip and all(len(name) == 1 and name.isalnum() for name in data.class_names):
+        text = f"the classes of {data.name} are characters, and training images are mirrored at random; "
+        warnings.warn(text + "set flip of the augmentation to false", InputWarning, stacklevel=3)

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from timm.loss import SoftTargetCrossEntropy
 
-from sret.data.dataset import ImageData
+from sret.data.dataset import ImageData, warn_of_mirrors
 from sret.data.sources import load_data
 from sret.errors import InputError
 from sret.training import distributed, run_dir
@@ -46,6 +46,7 @@ def prepare(
     found = find_common_state(config, out, data, sources, may_resume=resume == "auto")
     train_set = training_set(config, data, preprocessing, runtime.max_corrupt)
     batches = make_batches(train_set.samples.labels, config, runtime, accelerator)
+    warn_of_mirrors(data, config.augmentation)
     train_loader, val_loader = make_loaders(train_set, data.split("val"), batches, config, runtime, accelerator)
     model, frozen = make_model(model_config, config, accelerator, console, may_init=found is None)
     ema = make_ema(model, config.ema_decay, runtime.fsdp) if config.ema_decay is not None else None
