@@ -127,15 +127,20 @@ def test_an_image_takes_the_time_of_the_parts_before_its_exit(monkeypatch: pytes
         assert vars(row.speed) == pytest.approx({"alone": 1 / seconds, "batched": 12 / (deepest + 1)})
 
 
-def test_the_command_stores_a_threshold_that_eval_and_predict_use(trained: Path, capsys, tmp_path: Path, monkeypatch):
+@pytest.fixture
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are measured, but then those of a machine without noise: an exit costs as much as the passes before it."""
     measure = exits_bench._seconds
 
     def seconds(calls: dict, rounds: int) -> dict:
-        """Measures, but returns what a machine without noise would: an exit costs as much as the passes before it."""
         assert all(value > 0 for value in measure(calls, rounds).values())
         return {key: 9 if key in (-1, ()) else 1 + (key if isinstance(key, int) else max(key)) for key in calls}
 
     monkeypatch.setattr(exits_bench, "_seconds", seconds)
+
+
+@pytest.mark.usefixtures("without_noise")
+def test_the_command_stores_a_threshold_that_eval_and_predict_use(trained: Path, capsys, tmp_path: Path, monkeypatch):
     before, card = load_weights(trained)
     files = ("--data", "digits", "--checkpoint", trained)
     code, _, error = sret(capsys, "eval", *files, "--exit", "auto")

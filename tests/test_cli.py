@@ -24,6 +24,7 @@ from sret.cli import main as cli
 from sret.data.preprocess import Preprocessing
 from sret.data.sources import load_data
 from sret.errors import first_line
+from sret.files import STATE
 from sret.models.variants import CONFIGS
 from sret.training import dry_run
 
@@ -494,6 +495,18 @@ def test_an_interrupted_command_exits_with_130(sret, monkeypatch):
     code, _, err = sret("info")
     assert code == 130
     assert "interrupted" in err
+
+
+@pytest.mark.parametrize("form", [("--out", "{}"), ("--out={}",)])
+def test_an_interrupted_run_says_whether_it_can_continue(sret, monkeypatch, tmp_path, form):
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sret.cli.commands.train.run", interrupt)
+    arguments = ("train", "--model", "sret_t", *(part.format(tmp_path) for part in form))
+    assert sret(*arguments)[2] == "sret: interrupted; nothing was saved yet\n"
+    (tmp_path / STATE).touch()
+    assert sret(*arguments)[2] == "sret: interrupted; --resume auto continues from the last saved state\n"
 
 
 @pytest.mark.parametrize(

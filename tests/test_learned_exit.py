@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_calibrate_exit import sret, trained  # noqa: F401
+from test_calibrate_exit import sret, trained, without_noise  # noqa: F401
 from test_exits import IMAGES, KINDS, exit_config, lively
 
 from sret import InputError, SReT
@@ -142,6 +142,7 @@ def test_wrong_policies_are_one_line(make, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("without_noise")
 def test_the_command_fits_and_stores_what_eval_uses(trained: Path, tmp_path: Path, capsys):  # noqa: F811
     path = tmp_path / "w.safetensors"
     path.write_bytes(trained.read_bytes())
@@ -149,7 +150,7 @@ def test_the_command_fits_and_stores_what_eval_uses(trained: Path, tmp_path: Pat
     command = ("calibrate-exit", path, "--data", "digits", "--max_drop", 50, "--criterion", "learned")
     code, out, error = sret(capsys, *command)
     assert code == 0, error
-    assert f"Stored in {path}: " in out
+    assert f"Stored in {path}: learned above" in out
     model, card = load_weights(path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     policy = card.exit_policy

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"  # suffix of files that are being written
+STATE = "state.pt"  # in the folder of a run, which continues from it
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from sret.errors import (
     is_out_of_memory,
     printable,
 )
+from sret.files import STATE
 from sret.signals import exit_on_sigterm
 from sret.version import __version__
 
@@ -113,13 +114,14 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _resume_hint(argv: Sequence[str]) -> str:
-    """How to continue a run of `train` or `recursify`; empty if it has saved nothing yet."""
+    """How to continue a run of `train` or `recursify`; says if it has saved nothing yet."""
     if argv[:1] not in (["train"], ["recursify"]):
         return ""
     given = [part.removeprefix("--out=") for part in argv if part.startswith("--out=")]
     given += [value for option, value in pairwise(argv) if option == "--out"]
-    saved = any(Path(folder, "state.pt").exists() for folder in given)
-    return "; --resume auto continues from the last saved state" if saved else "; nothing was saved yet"
+    if given and not Path(given[-1], STATE).exists():
+        return "; nothing was saved yet"
+    return "; --resume auto continues from the last saved state"
 
 
 def _help() -> str:

@@ -10,11 +10,11 @@ from sret.checkpoints.card import Card, save_weights
 from sret.checkpoints.state import digest_of_state, load_state, save_state
 from sret.data.dataset import ImageData
 from sret.errors import InputError, describe_changes, first_few
-from sret.files import sha256_of, write_atomically
+from sret.files import STATE, sha256_of, write_atomically
 from sret.ranges import fits
 from sret.training.config import TrainConfig, resume_key
 
-BEST, LAST, STATE, METRICS = "best.safetensors", "last.safetensors", "state.pt", "metrics.jsonl"
+BEST, LAST, METRICS = "best.safetensors", "last.safetensors", "metrics.jsonl"
 REPORT = "report.png"
 CONTENTS = (BEST, LAST, STATE, METRICS, REPORT)
 STATE_TYPES: dict[str, Any] = {

@@ -7,11 +7,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from sret.cli.commands import NUM_WORKERS
 from sret.data.config import Augmentation, Geometry
+from sret.files import STATE
 from sret.models.timm.config import Sharing
 from sret.ranges import PositiveInt, Workers
 from sret.training.recovery.config import Recovery
 
-OUTPUTS = ("model.safetensors", "report.json", "report.png", "state.pt")
+OUTPUTS = ("model.safetensors", "report.json", "report.png", STATE)
 EXAMPLES = (
     "sret recursify deit_tiny_patch16_224 --passes 2 --init mean --rank 8 --data hf:owner/imagenet --out runs/half; "
     "sret recursify vit_tiny_patch16_224 --model_args '{img_size: 32, patch_size: 4}' --weights vit.safetensors "
@@ -68,8 +69,8 @@ def run(arguments: Namespace) -> int:
     present = [name for name in OUTPUTS if (out / name).exists()]
     if present and options["resume"] is None:
         raise InputError(f"{out} has {', '.join(present)} already; add --resume auto, or choose another --out")
-    if present and "state.pt" not in present:
-        raise InputError(f"{out} has {', '.join(present)}, but no state.pt to continue from; choose another --out")
+    if present and STATE not in present:
+        raise InputError(f"{out} has {', '.join(present)}, but no {STATE} to continue from; choose another --out")
     with locked(out):
         recover(options, sharing, settings, accelerator)
     return 0

@@ -30,12 +30,12 @@ from sret.data.preprocess import Preprocessing
 from sret.data.sampler import EpochBatches
 from sret.data.workers import worker_options
 from sret.errors import InputError, describe_changes, first_few
+from sret.files import STATE
 from sret.models.recursify.runs import find_runs
 from sret.signals import StopRequest, leave_process_group, raise_signal
 from sret.training.optim import WARMUP_START
 from sret.training.recovery.config import Recovery
 
-STATE = "state.pt"
 Features = dict[str, Tensor]  # by name of the block
 
 
