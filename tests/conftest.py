@@ -40,6 +40,19 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{"stages": stages, "img_size": 64, "num_classes": 10, **changes})
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """The images that a module draws when it is imported are the same in every run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """So are those of the fixtures that several tests share, whichever test asks first. `_seed` comes after them."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

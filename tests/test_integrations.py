@@ -108,7 +108,8 @@ def test_captum_attributes_a_prediction_to_pixels():
     model = SReT(small_config()).double().eval()
     x, target = IMAGES[:1].double(), 3
     method = attr.IntegratedGradients(model)
-    found, error = method.attribute(x, target=target, n_steps=64, return_convergence_delta=True)
+    # The sum over 64 steps misses the integral by up to 0.004 with some weights, over 256 by 0.001 (16 seeds).
+    found, error = method.attribute(x, target=target, n_steps=256, return_convergence_delta=True)
     assert found.shape == x.shape
     change = (model(x) - model(torch.zeros_like(x)))[0, target]
     torch.testing.assert_close(found.sum(), change, atol=0.05 * change.abs().item() + 1e-3, rtol=0)
