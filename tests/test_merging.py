@@ -1,5 +1,7 @@
 """Token merging: properties of the matching, of merging and its inverse, and of models that merge tokens."""
 
+import logging
+
 import pytest
 import torch
 from conftest import small_config
@@ -173,12 +175,13 @@ def test_a_weights_file_holds_the_merging(merging, image, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_exported_model_merges_the_same_tokens(merging):
+def test_an_exported_model_merges_the_same_tokens(merging, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from sret.export.onnx import to_onnx
 
     session = onnxruntime.InferenceSession(to_onnx(merging, (3, 64, 64)).SerializeToString())
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # the converter warned twice for each merge
     for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, 64, 64)
         logits = session.run(None, {"images": images.numpy()})[0]

@@ -74,9 +74,9 @@ def find_merge(keys: Tensor, num_groups: int, r: int, order: Tensor | None = Non
             gone, partners = order[gone], order[partners]
         images = torch.arange(0, B * N, N, device=device)[:, None]
         gone, partners = (gone + images).flatten(), (partners + images).flatten()
-        is_kept = torch.ones(B * N, dtype=torch.int64, device=device).index_fill_(0, gone, 0)
+        is_kept = torch.ones(B * N, dtype=torch.int64, device=device).scatter_(0, gone, 0)
         rows = is_kept.cumsum(0).sub_(1)  # of a token that is kept, after the merge
-        rows.index_copy_(0, gone, rows.index_select(0, partners))
+        rows.scatter_(0, gone, rows.index_select(0, partners))
         return Merge(rows.view(B, N), N - r * num_groups)
 
 
